@@ -28,11 +28,11 @@ Masks = Sequence[Tensor | None]
 
 
 class BlockSlots(NamedTuple):
-    """Outputs of one pass of a block model, for D levels. Slots are the block's positions, the root's is the first."""
+    """Outputs of a block model's pass over a block, which predicts D levels. Slots are positions of the block."""
 
     hidden: Tensor  # [b, D, h] inputs of the output head
     logits: Tensor  # [b, D, d] fp32
-    first: Tensor | None = None  # [b, h] output at the root's slot; `None` if `hidden` begins with this output
+    first: Tensor | None = None  # [b, h] output at the root's (first) slot; `None` if `hidden` begins with this output
 
 
 class Branching(NamedTuple):
@@ -40,8 +40,8 @@ class Branching(NamedTuple):
 
     `scores(level, chosen, state)` is called for each level in turn, from 0. It returns fp32 log probabilities
     `[b, 1 or w, m]` of the level's m candidates below each of w parents (-inf if a parent cannot have such a child),
-    and a state for the next call. `chosen` `[b, w]` are the parents' indices in the flattened log probabilities of the
-    level above; `None` if the root is the parent. `state` is `None` in the first call.
+    and the next call's `state`. `chosen` `[b, w]` are the indices of the parents in the level above, whose log
+    probabilities are flattened; `None` if the root is the parent. `state` is `None` in the first call.
     """
 
     candidates: Tensor  # [b, D, m] target ids
@@ -49,7 +49,7 @@ class Branching(NamedTuple):
 
 
 class BlockModel(StepModel):
-    """A block model bound to one target. Its cache holds the text before the root; the root is the newest token."""
+    """A model for one target that predicts a block of tokens at once. Its cache has all text but the newest token."""
 
     block_levels: int  # maximum number of tokens that a block drafts
     most_children: int  # maximum number of children of a node
@@ -71,14 +71,14 @@ class BlockModel(StepModel):
 
         `newest` `[b, 1, h]` is the output of `run` at the newest position in the cache. `places` are the results of
         `self.places` for the block's positions. `entries` hold the text's keys and values, and store the block's;
-        `masks` say which of both the block's positions attend to.
+        `masks` say which of all these keys each position of the block attends to.
         """
 
     def branching(self, slots: BlockSlots, root: Tensor, ranks: Tensor) -> Branching:
         """Return each level's candidates, and the function that scores them, for drafts below tokens `root` `[b]`.
 
-        By default each level's candidates are its k likeliest tokens, and scores do not depend on the path to a node.
-        `ranks` `[k]`, 0 or -inf, are added to the scores of the k likeliest children of a node, the likeliest first.
+        `slots` come from `fill`. By default each level has its k likeliest tokens as candidates, scored alike below
+        all parents. `ranks` `[k]`, 0 or -inf, are added to the scores of a node's k likeliest children, best first.
         """
         scores, best = slots.logits.log_softmax(-1).topk(ranks.shape[0], dim=-1)  # [b, D, k]
         scores = (scores + ranks)[:, :, None]
@@ -110,7 +110,7 @@ class BlockPaths(NamedTuple):
 
 
 def best_paths(branching: Branching, above: Tensor, levels: int) -> BlockPaths:
-    """Find the best n nodes of each level, by path scores. `above` `[b, n]` is the first result of `bounds`."""
+    """Find the n nodes with the best path scores in each of `levels` levels. `bounds` returns `above` `[b, n]`."""
     candidates, follow = branching
     chosen, state, best, scores = None, None, [], []
     for level in range(levels):
@@ -130,7 +130,7 @@ def level_sizes(shape: TreeShape) -> list[int]:
 
 
 def bounds(shape: TreeShape, rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the argument `above` `[rows, n]` of `best_paths`, and zeros `[k]` as the argument `ranks` of `branching`.
+    """Return the argument `above` `[rows, n]` of `best_paths`, and zeros `[k]` for `ranks` of `BlockModel.branching`.
 
     Their sizes determine the size of the draft: n nodes per level, k children per node. `above` holds the path scores
     of a level with the root alone: 0 and then -inf.
@@ -141,7 +141,7 @@ def bounds(shape: TreeShape, rows: int, device: torch.device) -> tuple[Tensor, T
 
 
 class BlockPass(FirstPass[BlockPaths]):
-    """Runs the model over the newest tokens and a block after them, and finds the best paths through the block."""
+    """Runs the model over the newest tokens and a block after them, and finds the best paths of the block's tokens."""
 
     sizes = (*FirstPass.sizes, "bn", "k")
 
@@ -173,8 +173,8 @@ class BlockPass(FirstPass[BlockPaths]):
 
 
 def _mask(text: Prefix, count: int, pattern: AttentionPattern) -> Tensor | None:
-    """Return a bool mask `[b or 1, 1, count, count + length]` of a block of `count` positions: which of its own keys,
-    and then which of the text's, each position attends to. Return `None` if all positions attend to all keys.
+    """Return a bool mask `[b or 1, 1, count, count + length]` for the `count` positions of a block: true where a
+    position attends to a key, first the block's keys, then those of the text. `None` if all are true.
     """
     length, seen, ends, device = text.length, text.seen, text.ends, text.cache.device
     is_cut = pattern.window is not None and (seen is not None or pattern.cuts(length + count))
@@ -190,7 +190,7 @@ def _mask(text: Prefix, count: int, pattern: AttentionPattern) -> Tensor | None:
 
 
 class BlockDraft(Draft[BlockPaths]):
-    """Drafts all levels in one pass over a block. So it cannot stop at an earlier level, and never calls `goes_on`."""
+    """Drafts all levels in one pass over a block. So it never asks `DraftRequest.goes_on` whether to stop earlier."""
 
     def __init__(self, model: BlockModel, shape: TreeShape) -> None:
         most = max(shape.total_tokens - 1, 1)

@@ -16,7 +16,7 @@ _TREE_ROOM = 128  # Slots for a tree in a new cache.
 
 
 class Entries(ABC):
-    """Stores the keys and values of one pass, and returns all keys and values that its tokens attend to.
+    """Stores the keys and values of a pass's tokens, and returns all keys and values that these tokens attend to.
 
     Layers of Transformers get this object as their cache, and `mask` as their attention mask.
     """
@@ -32,7 +32,7 @@ class Entries(ABC):
         """Store keys and values `[b, kv heads, t, hd]`; return all keys and values that the tokens may attend to."""
 
     def __call__(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Store keys and values of t tokens; return the attention of the last q, `queries` `[b, heads, q, hd]`."""
+        """Store t tokens' keys and values; return attention for `queries` `[b, heads, q, hd]` of the last q tokens."""
         mask = None if self.mask is None else self.mask[:, :, -queries.shape[2] :]
         return attend(queries, *self.update(keys, values, layer), mask)
 
@@ -45,7 +45,7 @@ class Entries(ABC):
         return 0
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        """Return length and offset of a mask of this pass's tokens alone. Transformers calls this without a `mask`."""
+        """Return length and offset of a mask over this pass's tokens. Transformers calls this if `mask` is `None`."""
         return query_length, 0
 
 
@@ -56,8 +56,8 @@ class DraftCache:
     it need not move while the text grows. Each tree overwrites the previous one, as in EAGLE's code, so to drop a tree
     costs nothing. Buffers start as zeros, because attention also reads masked slots.
 
-    `buffers` are keys and values of each layer in turn, `[b, kv heads, tree_room + capacity, hd]`. A layer without
-    buffers gets them when it first writes. Masks are on the buffers' device or, without buffers, on `device`.
+    `buffers` `[b, kv heads, tree_room + capacity, hd]` are keys and values of each layer in turn; `tree_room` slots
+    are negative. Layers without buffers get them at their first write. Masks are on their device, else on `device`.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class DraftCache:
             self.capacity, self.tree_room = self.capacity + more, self.tree_room + ahead
 
     def forget(self, count: int, length: int) -> None:
-        """Drop the first `count` of the text's `length` positions, and move the other entries to the front."""
+        """Drop the first `count` of the text's `length` keys and values, so that the later ones begin at slot 0."""
         room = self.tree_room
         for kept in self.buffers if count < length else ():
             kept[:, :, room : room + length - count] = kept[:, :, room + count : room + length].clone()
@@ -118,7 +118,7 @@ class DraftCache:
         return self._true.expand(1, length)
 
     def of_layer(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the layer's buffers, made like `keys` and `values` if missing. Slot i has index `tree_room + i`."""
+        """Return a layer's buffers; make them, like `keys` and `values`, if missing. Slot i is at `tree_room + i`."""
         if layer not in self._layers:
             slots = self.tree_room + self.capacity
             made = [part.new_zeros(*part.shape[:2], slots, part.shape[3]) for part in (keys, values)]
@@ -134,7 +134,7 @@ class DraftCache:
 
 
 class _CacheEntries(Entries):
-    """What `DraftCache.attend` returns. Makes the mask only once, for the queries of the first layer that needs it."""
+    """The `Entries` of a `DraftCache`, see `attend`. Makes the mask once, for the first layer that needs it."""
 
     def __init__(
         self,

@@ -1,7 +1,7 @@
 """Build a tree of likely next tokens from places where texts contain the present text's last tokens.
 
-As in SuffixDecoding (arXiv 2411.04975, section 4), the likeliest node is added first. "Odds" here means a probability.
-It is the rate at which earlier tokens with a similar match length and a similar share of the places were right.
+As in SuffixDecoding (arXiv 2411.04975, section 4), the likeliest node is added first. The "odds" of a token are the
+probability that it is right: the rate of earlier tokens with a similar match length and a similar share of places.
 """
 
 from array import array
@@ -34,14 +34,14 @@ _MEMORY = 0.98  # Factor on the weight of all earlier outcomes when an outcome i
 
 
 def length_class(length: int) -> int:
-    """Return the index in `_LENGTHS` of the class for matches of `length` tokens, at least 1."""
+    """Return the class of matches of `length` tokens, at least 1, as an index in `_LENGTHS`."""
     return bisect_right(_LENGTHS, length) - 1
 
 
 class TrackRecord:
     """Tracks how often predictions of each class were right. Recent outcomes weigh more.
 
-    `priors` are the rates of right predictions that are assumed before any outcome is recorded.
+    `priors` are, for each class, the rate of right predictions that is assumed before any outcome is recorded.
     """
 
     def __init__(self, priors: Sequence[float]) -> None:
@@ -53,13 +53,13 @@ class TrackRecord:
         return self._right[index] / self._tried[index]
 
     def add(self, index: int, right: float, tried: float = 1.0) -> None:
-        """Record that of `tried` predictions of a class `right` were right; `tried` may be an expected number."""
+        """Record that `right` of `tried` predictions of class `index` were right; `tried` may be an expectation."""
         self._right[index] = self._right[index] * _MEMORY + right
         self._tried[index] = self._tried[index] * _MEMORY + tried
 
 
 def match_record() -> TrackRecord:
-    """Make a record for looked-up tokens, with a class for each range of match lengths and share of the places."""
+    """Make a record for looked-up tokens: one class for each range of match lengths and of shares of the places."""
     priors = zip(_ONCE, _ALWAYS, strict=True)
     rates = [rate for once, always in priors for rate in (once, always, (1 + always) / 2, *_PARTLY)]
     return TrackRecord([*rates, *_OPPOSED, 1.0])  # the last classes: tokens that another drafter opposes, and `_SUM`
@@ -87,9 +87,9 @@ Place = tuple["array[int]", int, int]
 
 
 class _Occurrences:
-    """Places in one corpus where the text's last tokens occur, all followed by one continuation of `depth` tokens.
+    """Places in one corpus where the text's last tokens occur, all followed by the same `depth` tokens.
 
-    `odds` is the probability that the last of the `depth` tokens is right.
+    `odds` is the probability that the last of these, of class `index`, is right. `length` counts all shared tokens.
     """
 
     __slots__ = ("_class", "_depth", "_followers", "_length", "_places", "corpus", "odds")
@@ -101,7 +101,7 @@ class _Occurrences:
 
     @property
     def opposed_class(self) -> int:
-        """Class of the last token if another drafter proposes only other tokens in its place."""
+        """Class, in the corpus's record, of the last token if another drafter proposes only others in its place."""
         return bisect_right(_ODDS, self.odds) - len(_OPPOSED) + _SUM
 
     def followers(self) -> "dict[int, _Occurrences]":
@@ -125,9 +125,9 @@ class _Occurrences:
         return self._followers
 
     def judge(self, token: int, drafted: Collection[int] = ()) -> "list[_Occurrences]":
-        """Record for each result of `followers` whether it is the next `token`; return the right result, if any.
-
-        If another drafter has `drafted` tokens here, record only tokens that it did not propose, in their own classes.
+        """Record for each token in `followers` whether it is the text's next `token`; return a list of that token's
+        occurrences, or an empty list. If another drafter proposed the tokens `drafted` here, only other tokens are
+        recorded, in the class `opposed_class`.
         """
         followers = self.followers()
         for own, below in followers.items():
@@ -204,7 +204,7 @@ class Continuations:
     def weigh_beside(self, tokens: Sequence[int], parents: Sequence[int], most: int) -> None:
         """Compare the `most` best nodes with another drafter's nodes, and set `odds_beside` and `shared`.
 
-        `tokens` and `parents` describe the other drafter's nodes; a parent of -1 is the text's end. If the other
+        `tokens` and `parents` list the other drafter's nodes; a parent of -1 is the text's end. If the other
         drafter proposes only other tokens in a node's place, the node is far less likely: see `opposed_class`.
         """
         self._drafted, self.shared, self.odds_beside = {}, {}, []
@@ -225,8 +225,8 @@ class Continuations:
     def branches(self, most: int, least_prob: float) -> Branches:
         """Return the `most` best nodes. The probability of each node whose odds are below `least_prob` is set to 0.
 
-        Exceptions are ancestors of nodes that are likely enough, and nodes that the other drafter proposed, too, since
-        a policy may cut these from that drafter's tree.
+        Exceptions are ancestors of nodes that are likely enough, and nodes that `weigh_beside` found in the other
+        drafter's tree, since a policy may cut them there.
         """
         count = min(most, len(self.grow(most).tokens))
         beside = self.odds if self.odds_beside is None else self.odds_beside
@@ -238,13 +238,13 @@ class Continuations:
         return Branches(self.tokens[:count], self.parents[:count], probs, self.proposers[:count])
 
     def judge(self, tokens: Sequence[int]) -> None:
-        """Record which possible continuations were right, also unused ones, given the `tokens` after the text."""
+        """Record which continuations found here were right, also unused ones; `tokens` then followed the text."""
         matches = self._matches
         for token in tokens:
             matches = [below for match in matches for below in match.judge(token)]
 
     def judge_sum(self, tokens: Sequence[int]) -> None:
-        """Record how many of the grown nodes the `tokens` after the text kept, and how many their odds promised."""
+        """Record how many of the tree's nodes were right, and the sum of all odds; `tokens` then followed the text."""
         if self._sums is None or not self.tokens or not tokens:
             return
         path, promised = followed(self.tokens, self.parents, tokens, -1), 0.0
@@ -257,7 +257,7 @@ class Continuations:
         self._sums.add(_SUM, len(path), promised)
 
     def judge_beside(self, tokens: Sequence[int]) -> None:
-        """Record which nodes that the other drafter lacked were right, given the `tokens` after the text."""
+        """Record which nodes missing from the other drafter of `weigh_beside` were right, given the next `tokens`."""
         matches, twin = self._matches, -1
         for token in tokens:
             drafted = self._drafted.get(twin)
@@ -268,7 +268,7 @@ class Continuations:
 
 
 def _matches(corpus: Corpus, context: bytes) -> list[_Occurrences]:
-    """Find the places of the longest match of the text's last tokens, and of shorter matches with more places."""
+    """Find in the corpus the longest match of the newest tokens of `context`, and shorter matches at more places."""
     searches = [(part, part.search(context)) for part in corpus.parts]
     length = max((search.longest for _, search in searches), default=0)
     found, known = list[_Occurrences](), 0

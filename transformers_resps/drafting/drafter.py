@@ -38,7 +38,7 @@ class Committed(NamedTuple):
 
 
 class Drafter(CandidateGenerator, ABC):
-    """Drafts for the rows of one call.
+    """Proposes tokens for the rows of one call of `generate`.
 
     This library's decoding loop gets the nodes of a tree; Transformers' assisted decoding gets the tree's best path as
     a chain. A subclass implements `draft`, `observe` and `keep_rows`.
@@ -61,11 +61,11 @@ class Drafter(CandidateGenerator, ABC):
 
     @abstractmethod
     def draft(self, input_ids: Tensor, request: DraftRequest) -> CandidatePool:
-        """Draft nodes below the newest token of `input_ids`; see `get_candidates`."""
+        """Return a pool of nodes drafted below the newest token of each row; for `input_ids` see `get_candidates`."""
 
     @abstractmethod
     def observe(self, committed: Committed) -> None:
-        """Learn which tokens were added to the text. Called after the prompt and after each step."""
+        """Learn which tokens were added to the text. The loop calls this after the prompt and after each step."""
 
     @overload
     def get_candidates(self, input_ids: Tensor, request: DraftRequest) -> CandidatePool: ...

@@ -29,7 +29,7 @@ Capture = Callable[[Callable[..., tuple[Tensor, ...]]], CapturedFunction]
 
 
 class DraftEngine(CompileEngine[StepModel]):
-    """Runs one source's drafts fast: captures a graph for each shape, or compiles each pass once for all sizes.
+    """Runs one source's drafts fast: captures a CUDA graph for each shape, or compiles each pass once for all sizes.
 
     `capture` turns a function into one that runs in a single launch. The default captures CUDA graphs on a GPU; on
     other devices nothing is captured by default, and passes are compiled.
@@ -80,7 +80,7 @@ class DraftEngine(CompileEngine[StepModel]):
         return *draft(pairs, text, before, run_eager if is_eager else self.run_pass), None
 
     def _launched(self, draft: Draft[Any], inputs: Sequence[Tensor], cache: DraftCache) -> tuple[Tensor, ...] | None:
-        """Run a whole draft by a captured graph, which is captured first if needed; return `None` if this fails."""
+        """Run a whole draft by a captured graph, captured now if missing; return its outputs, `None` if this fails."""
         if self.is_broken or not cache.buffers:
             return None
         kind, shape, tree_room, count = type(draft), draft.shape, cache.tree_room, len(inputs)
@@ -135,7 +135,7 @@ class DraftEngine(CompileEngine[StepModel]):
 
 
 def _scores(outputs: Any) -> Tensor:
-    """Return the path scores in the outputs of a pass, with 0 for padding."""
+    """Return the path scores in the outputs of a pass. Padding, with a score of -inf, gets 0."""
     scores: Tensor = outputs[1].scores
     return scores.nan_to_num(neginf=0.0)
 
@@ -156,7 +156,7 @@ def _example(
 
 
 class DraftEngines:
-    """Holds an engine for each source until the source is deleted. Copying or pickling leaves the engines out."""
+    """Holds an engine for each source until the source is deleted. A copied or pickled object has none."""
 
     def __init__(self, make: Callable[[], DraftEngine] = DraftEngine) -> None:
         self._make = make

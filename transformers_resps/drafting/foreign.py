@@ -24,7 +24,7 @@ _FIRST_RATE = 0.6  # Acceptance rate that is assumed before any outcome is recor
 
 
 class ForeignSource(DraftSource):
-    """Drafts for one text at a time with a candidate generator. Holds only a weak reference to the generator."""
+    """Drafts for one text at a time with a `CandidateGenerator`. Holds only a weak reference to the generator."""
 
     calls_generate = True
 
@@ -64,7 +64,9 @@ class ForeignSource(DraftSource):
 
 
 class ForeignDrafter(Drafter):
-    """Drafts a chain for one text. `record` tracks how often tokens were right, by their position in the chain."""
+    """Drafts for one text the chain of tokens that a `CandidateGenerator` of Transformers proposes. `record`
+    tracks how often its tokens were right, by their position in the chain.
+    """
 
     reads_text = True
     proposable_tokens = 1
@@ -90,7 +92,7 @@ class ForeignDrafter(Drafter):
     def update_candidate_strategy(
         self, input_ids: Tensor, scores: Tensor, num_matches: int, committed: Committed | None = None
     ) -> None:
-        """Record which tokens of the newest chain were right, and pass the number of right tokens to the generator."""
+        """Record which tokens of the newest chain were right, and tell the generator how many were."""
         chain, self._chain = self._chain, []
         if not chain or committed is None or committed.tree is None:
             return
@@ -108,7 +110,7 @@ class ForeignDrafter(Drafter):
         """Do nothing, since there is only one row."""
 
     def _checked(self, input_ids: Tensor, candidates: Any) -> list[int]:
-        """Return the tokens after the text in the result `candidates`; raise a `ValueError` if that is malformed."""
+        """Return the tokens after the text in the generator's result; raise a `ValueError` if it is malformed."""
         name, length = type(self._generator).__name__, input_ids.shape[1]
         if not isinstance(candidates, Tensor) or candidates.dim() != 2 or len(candidates) != 1:
             got = f"a tensor {list(candidates.shape)}" if isinstance(candidates, Tensor) else repr(candidates)
@@ -125,7 +127,7 @@ class ForeignDrafter(Drafter):
 
 
 class _Named(AbstractContextManager[Any]):
-    """Adds the generator's name to errors that are raised inside the `with` block."""
+    """Adds the generator's name, and `what` it did, to the message of an error raised inside the `with` block."""
 
     def __init__(self, generator: CandidateGenerator, what: str) -> None:
         self._told = f"{type(generator).__name__} failed when it {what}"

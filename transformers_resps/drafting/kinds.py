@@ -17,7 +17,6 @@ class Reference(str):
     __slots__ = ()
 
     def load(self) -> Any:
-        """Import the object."""
         return resolve_name(f"transformers_resps.{self}")
 
 
@@ -50,7 +49,7 @@ _OF_BLOCKS = ("prefix_gru.", "logit_head.prefix_gru.", "markov_head.", "candidat
 
 
 def bare_names(tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """Strip publishers' prefixes from tensor names, and drop tensors that the config or the target provides."""
+    """Return `tensors` with publishers' prefixes cut from the names, and without what config or target provides."""
     found = {}
     for name, tensor in tensors.items():
         while name.startswith(_PREFIXES):
@@ -61,7 +60,7 @@ def bare_names(tensors: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_eagle(tensors: Mapping[str, Any]) -> bool:
-    """Whether the first layer reads an embedding joined to a feature, or tensors have names used only in EAGLE-3."""
+    """Whether the first layer reads an embedding next to a feature, or tensors have names used only in EAGLE-3."""
     fused, query = (tensors.get(name) for name in SHAPING)
     is_wide = fused is not None and query is not None and query.shape[1] == 2 * fused.shape[0]
     return is_wide or any("mask_hidden" in name for name in tensors) or "layers.0.hidden_norm.weight" in tensors

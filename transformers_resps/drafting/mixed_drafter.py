@@ -17,7 +17,7 @@ def together(drafters: Sequence[Drafter]) -> Drafter | None:
 
 
 class MixedDrafter(Drafter):
-    """Merges several drafters' pools; `observe` needs the features of every layer that any of these drafters reads."""
+    """Merges the pools of several drafters. `observe` must get the features of all layers that any of them reads."""
 
     def __init__(self, drafters: Sequence[Drafter]) -> None:
         self._drafters = drafters

@@ -27,7 +27,7 @@ Found = TypeVar("Found")
 
 
 class DraftPass(ABC, Generic[Given, Found]):
-    """One forward pass of a draft model. `__call__` runs it eagerly; `of_tensors` can be compiled."""
+    """One forward pass of a draft model. `__call__` runs it eagerly; `of_tensors` is its compilable form."""
 
     # For each input of `of_tensors` a string with one letter per dimension: `b` for rows, `1` and `*` for sizes that
     # never change, other letters for sizes that change from call to call.
@@ -43,36 +43,36 @@ class DraftPass(ABC, Generic[Given, Found]):
 
     @abstractmethod
     def __call__(self, given: Given) -> Found:
-        """Run the pass."""
+        """Run the pass eagerly on the inputs `given`, and return its results."""
 
     @abstractmethod
     def tensors(self, given: Given) -> list[Tensor]:
-        """Return the inputs of `of_tensors`. Dimensions whose size may change are padded to at least `FEWEST`."""
+        """Convert `given` to inputs of `of_tensors`. Pads dimensions whose size may change to at least `FEWEST`."""
 
     @abstractmethod
     def of_tensors(self, cache: DraftCache, *tensors: Tensor) -> Found:
-        """Run the pass on the results of `tensors`."""
+        """Run the pass on the tensors that the method `tensors` returned, with the keys and values in `cache`."""
 
     @abstractmethod
     def trimmed(self, found: Found, given: Given) -> Found:
-        """Remove the nodes that `tensors` added as padding from the results."""
+        """Return `found`, results of `of_tensors`, without the nodes that `tensors` added to `given` as padding."""
 
 
 class RunPass(Protocol):
-    """Runs a pass eagerly, or by compiled code with the same results."""
+    """Runs a pass on its inputs `given`, eagerly or by compiled code, and returns the pass's results."""
 
     def __call__(self, one: DraftPass[Given, Found], given: Given) -> Found: ...
 
 
 def run_eager(one: DraftPass[Given, Found], given: Given) -> Found:
-    """Run a pass without compiled code."""
+    """Run a pass eagerly, without compiled code."""
     return one(given)
 
 
 def text_of_tensors(
     model: StepModel, cache: DraftCache, tensors: Sequence[Tensor], ahead: int
 ) -> tuple[Pairs, Prefix]:
-    """Make `Pairs` and `Prefix` from tensors, for code that reads the text's length from a tensor's values (`slots`).
+    """Make `Pairs` and `Prefix` from tensors, for compiled code. Each row's text ends at the last of its slots.
 
     `tensors` are the pairs' features `[b, t, F]`, tokens, slots and positions `[b, t]`; then a bool mask
     `[b or 1, s]`, false for slots with padding of the text, arbitrary after the text. A row with fewer than t pairs
@@ -93,7 +93,7 @@ def filled_up(part: Tensor) -> Tensor:
 
 
 def read(model: StepModel, pairs: Pairs, text: Prefix, before: Root | None = None) -> Root:
-    """Run all depths of the model over new tokens, and return the new root; `before` is the root of the last pass."""
+    """Run all depths of the model over new `pairs`; return the new root. `before` is the root before these pairs."""
     tokens, features, where, positions = pairs
     newest, places = slice(-1, None), positions.places
     wanted = newest if model.depths == 1 else ALL
@@ -269,7 +269,7 @@ class SproutPass(FirstPass[Growth]):
 
 
 class Draft(ABC, Generic[Grown]):
-    """Drafts pools of one shape with a model: by a first pass, and by more passes for levels that it lacks."""
+    """Drafts pools of one shape with a model: a first pass drafts some levels, later passes draft the others."""
 
     model: StepModel
     shape: TreeShape  # the requested shape, reduced to the levels and children that the model can draft
@@ -381,6 +381,6 @@ class _Depths:
 
     @staticmethod
     def visible(levels: Sequence[Frontier]) -> Tensor:
-        """Return a bool mask `[b, w * levels, w * levels]`: true where a node (row) attends to another or itself."""
+        """Return a bool mask `[b, w * levels, w * levels]`: true where a node attends to a node (last dimension)."""
         width = levels[0].tokens.shape[1]
         return torch.cat([F.pad(one.visible, (width * later, 0)) for later, one in enumerate(levels)], dim=1)

@@ -30,10 +30,10 @@ _STRIDE = 3  # Outcomes are recorded at every third position of the text.
 
 
 class Lookup:
-    """Proposes continuations of one text. Records how often they are right, even if no step uses them.
+    """Proposes continuations of one text, and records how often they are right, even if no step uses them.
 
-    The texts of `memories` are searched, too. `never_drafted` tokens, such as placeholders of an image, are never
-    proposed, nor is anything after them. Without `branches` the continuations are a chain.
+    Searches this text, and those of `memories`, for the text's last tokens. Never proposes the tokens `never_drafted`,
+    such as placeholders of an image, nor what follows them. Without `branches` the continuations are a chain.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Lookup:
 
     @property
     def found(self) -> Continuations:
-        """Likely continuations of the text, searched at the first use after a change."""
+        """Likely continuations of the text. The first use after the text has changed searches for them."""
         if self._found is None:
             corpora = [self._own, *(memory.corpus for memory in self._memories)]
             self._found = Continuations(self._text, corpora, self._never_drafted, branches=self._branches)
@@ -87,7 +87,7 @@ class Lookup:
 
     @property
     def odds(self) -> list[float]:
-        """Probabilities of the best nodes, descending; `weigh_beside` removes nodes that the other drafter has."""
+        """Descending probabilities of the best nodes; after `weigh_beside` without nodes that both drafters have."""
         beside = self.found.odds_beside
         if beside is not None:
             return sorted(filter(None, beside), reverse=True)
@@ -95,7 +95,7 @@ class Lookup:
 
 
 class LookupDrafter(Drafter):
-    """Holds a `Lookup` for each row of a batch. Observed tokens are indexed before the next proposal.
+    """Drafts each row of a batch with its own `Lookup`. Observed tokens are indexed before the next proposal.
 
     `pads` counts the padding tokens before each row's prompt. `origins` are, for each row, source tokens to search
     before the text, such as an encoder's input; `None` for none. Other arguments are as in `Lookup`.
@@ -149,7 +149,7 @@ class LookupDrafter(Drafter):
     def weigh_beside(self, pool: CandidatePool, most: int) -> CandidatePool:
         """Compare the `most` best nodes of each row with another drafter's pool, which must be on the host.
 
-        Returns that pool, in which each node that the lookup also found gets the higher one of the two scores.
+        Returns `pool`, in which each node that the lookup also found has the higher of its two scores.
         """
         self.read()
         scores = pool.scores.tolist()

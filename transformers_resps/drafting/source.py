@@ -21,7 +21,7 @@ from .step_model import StepModel, TrainableModel
 
 @dataclass(frozen=True)
 class DraftCall:
-    """Describes a call of `generate` to the source that makes its drafter."""
+    """Describes a call of `generate` to the source, which makes a drafter for this call."""
 
     target: PreTrainedModel
     verifier: Verifier | None = None  # the call's verifier, for a source that attends to the target's cache
@@ -46,7 +46,7 @@ class DraftSource(ABC):
 
     @property
     def feature_layers(self) -> list[int]:
-        """Indices of the target's hidden states that it reads, 0 for the embeddings; empty for none."""
+        """Indices of the target's hidden states that the source reads, 0 for the embeddings; empty for none."""
         return []
 
     @property
@@ -60,7 +60,7 @@ class DraftSource(ABC):
         """Tree shape that is used if `generate` gets no policy."""
 
     def prepare(self, target: PreTrainedModel) -> None:
-        """Raise a `ValueError` if the source cannot draft for the target now. A call runs this before other work."""
+        """Raise a `ValueError` if the source cannot draft for the target now. `generate` calls this first."""
         return None
 
     def fingerprint(self) -> str:
@@ -169,10 +169,10 @@ class TrainableSource(LevelSource):
 
     @abstractmethod
     def load_checkpoint(self, folder: str, target: PreTrainedModel) -> None:
-        """Load the weights that `save_pretrained` wrote; raise a `ValueError` if its sizes or settings differ."""
+        """Load weights that `save_pretrained` wrote; raise a `ValueError` if their sizes or settings are not ours."""
 
     def whole(self, target: PreTrainedModel) -> Self:
-        """Return a source with all weights of the files, even if this source does not use them; may be `self`."""
+        """Return `self` or, if it omits some weights of its files, a new source that has all of them."""
         return self
 
     @abstractmethod

@@ -78,7 +78,7 @@ class StepModel(ABC):
         return ()
 
     def cache(self, verifier: Verifier | None) -> DraftCache:
-        """Make the cache for one call. Models that attend to the target's cache get it from `verifier`."""
+        """Make the cache for one call. A model that attends to the target's keys and values needs the `verifier`."""
         return DraftCache(device=self.device)
 
     def children(self, output: Tensor, top_k: int, depth: int = 0) -> tuple[Tensor, Tensor]:

@@ -75,7 +75,6 @@ class SuffixMemory(DraftSource):
         return sum(map(len, self._segments))
 
     def __bool__(self) -> bool:
-        """Return true, also for an empty memory."""
         return True
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
@@ -87,7 +86,7 @@ class SuffixMemory(DraftSource):
 
     @property
     def corpus(self) -> Corpus:
-        """The texts that are searched now."""
+        """The texts that are remembered now, and the record of how often their tokens were right."""
         return Corpus(self._segments, self._record, REMEMBERED)
 
     @property
@@ -197,7 +196,7 @@ class SuffixMemory(DraftSource):
         self._segments = tuple(kept)
 
     def _to_merge(self) -> tuple[Suffixes, ...]:
-        """Return the segments to merge: all from the first that has at most `_RATIO` times the tokens after it."""
+        """Return the segments to merge: all from the first that is at most `_RATIO` times as long as later ones."""
         segments = self._segments
         for first in range(len(segments) - 1):
             if len(segments[first]) <= _RATIO * sum(map(len, segments[first + 1 :])):

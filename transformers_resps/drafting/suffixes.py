@@ -56,7 +56,7 @@ class Suffixes:
         return self._backwards[start : start + _MOST_BYTES]
 
     def extend(self, tokens: "Sequence[int] | array[int]") -> None:
-        """Append tokens to the text, and insert their positions into the order."""
+        """Append tokens to the text, and insert their positions into `order`, which is sorted by context."""
         first, count = len(self.tokens), len(tokens)
         self.tokens.extend(tokens)
         room = len(self._backwards) - _BYTES * first  # unused bytes in front of the text
@@ -97,7 +97,7 @@ class Suffixes:
             self._marks = [bytes(self.before(position)) for position in self.order[::_STRIDE]]
 
     def find(self, wanted: "bytes | bytearray") -> int:
-        """Return the index at which a context would be inserted in `order`, which is sorted by context."""
+        """Return the index at which the context `wanted` would be inserted in `order`, which is sorted by context."""
         first, last = 0, len(self.order)
         if self._marks:
             mark = bisect_left(self._marks, wanted)
@@ -105,7 +105,7 @@ class Suffixes:
         return bisect_left(self.order, wanted, first, last, key=self.before)
 
     def search(self, context: bytes) -> "Search":
-        """Start a search for earlier occurrences of the newest tokens of a context."""
+        """Return a search for earlier occurrences of a context's newest tokens, given as in `before`."""
         newest = self._newest
         place = newest[1] if newest is not None and newest[0] is context else self.find(context)
         return Search(self, context, place)
@@ -116,7 +116,7 @@ class Suffixes:
 
 
 class Search:
-    """Finds where the newest tokens of a context occur in an index: at most `longest` tokens, fewer at each `run`."""
+    """Finds where a context's newest tokens occur in an index. `longest` is the most tokens that occur together."""
 
     __slots__ = ("_context", "_first", "_last", "_text", "longest")
 
@@ -142,7 +142,7 @@ class Search:
 
 
 def count_shared(one: bytes, other: bytes | bytearray) -> int:
-    """Return the number of tokens in the longest common beginning of two texts, as bytes."""
+    """Return the number of tokens in the longest common beginning of two texts, both given as bytes."""
     shared = min(len(one), len(other))
     differing = int.from_bytes(one[:shared]) ^ int.from_bytes(other[:shared])
     return shared // _BYTES if not differing else (8 * shared - differing.bit_length()) // (8 * _BYTES)

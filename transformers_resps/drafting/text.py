@@ -119,7 +119,7 @@ class Prefix:
         return seen & (seen.cumsum(-1) > depth)
 
     def shown(self, length: int) -> Tensor:
-        """Return `seen` for `length` slots as a mask `[b or 1, length or 1]`; values after the text are arbitrary."""
+        """Return `seen` for `length` slots, `[1, 1]` if all are true; values after a row's text are arbitrary."""
         seen = None if self._rows is None else self._rows.visible(length, self.cache.device)
         return self.cache.all_seen(1) if seen is None else seen
 
@@ -231,7 +231,7 @@ class DraftText:
         return Pairs(tokens, _joined(features) if features else None, where, here), text
 
     def _forget(self) -> None:
-        """Drop tokens to which no token after the queued ones attends, because of the model's sliding window."""
+        """Drop the tokens that the model's sliding window hides from each token after the queued ones."""
         if self._model.sliding_window is None:
             return
         ends, length = self._slots.row_ends(self._rows), self._slots.length
