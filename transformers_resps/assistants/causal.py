@@ -95,7 +95,7 @@ def _tokens(model: PreTrainedModel) -> Any:
 
 
 class _Steps(StepModel):
-    """Runs a causal model over the nodes of a tree. Its positions count tokens, not padding."""
+    """Drafts with a causal model, which runs over the text and nodes of a tree. Its positions do not count padding."""
 
     reads_features = False
     counts_padding = False
@@ -116,7 +116,7 @@ class _Steps(StepModel):
         return nn.ModuleList([self._model])
 
     def places(self, positions: Tensor) -> Places:
-        """Limit positions to the learned position table, if any: drafts beyond it are useless, but do not fail."""
+        """Limit positions to the learned position table, if any. Drafts beyond it are useless, but do not fail."""
         return (positions.clamp(0, self._last_position),)
 
     def run(
@@ -159,7 +159,7 @@ class _Steps(StepModel):
 
 
 class _Shown(Entries):
-    """Replaces a cache in a single pass over a whole text: `update` returns the new keys and values unchanged."""
+    """Stands for the cache in one pass over a whole text: `update` returns the new keys and values unchanged."""
 
     def __init__(self, mask: Tensor) -> None:
         self.mask = mask
@@ -170,8 +170,8 @@ class _Shown(Entries):
 
 @torch.no_grad()
 def _check_trees(model: PreTrainedModel, steps: StepModel) -> None:
-    """Raise a `ValueError` if `model` computes other logits for a tree than for each of its branches as a plain text.
-    Without this check a wrong mask or scale would go unnoticed, and only lower acceptance.
+    """Raise a `ValueError` if `steps`, which runs `model` over a tree, computes other logits than `model` for each
+    branch as a plain text. Without this check a wrong mask or scale would only lower acceptance, unnoticed.
     """
     name = _name(model)
     tokens = torch.arange(1, 7, device=model.device).remainder(steps.proposable_tokens)[None]

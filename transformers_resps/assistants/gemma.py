@@ -58,7 +58,7 @@ class GemmaAssistant(LoadedModel):
 
 
 def _key_sizes(model: PreTrainedModel) -> dict[str, str]:
-    """Describe the sizes of the keys in each layer type, for comparison and error messages."""
+    """Return a text about the sizes of each layer type's keys, for comparison and error messages."""
     heads = model.config.get_text_config(decoder=True).num_attention_heads
     found: list[Any] = [layer.self_attn for layer in cast(Any, decoder_layers(model))]
     return {
@@ -79,7 +79,7 @@ class _OfTarget(Entries):
 
 
 class _TargetCache(DraftCache):
-    """Stores nothing itself: `attend` returns the target's keys and values, prepared once for each text length."""
+    """Stores nothing: `attend` returns the target's keys and values, and looks them up once for each text length."""
 
     def __init__(self, verifier: Verifier) -> None:
         super().__init__(device=verifier.device)
@@ -98,7 +98,7 @@ class _TargetCache(DraftCache):
 
 
 class _Queries(StepModel):
-    """Runs the assistant over all nodes of a tree level; the nodes do not attend to each other."""
+    """Drafts with the assistant, which runs over all nodes of a tree level. They do not attend to each other."""
 
     def __init__(self, model: PreTrainedModel, target: PreTrainedModel) -> None:
         self._model = cast(Any, model)
@@ -135,7 +135,7 @@ class _Queries(StepModel):
         return outputs.last_hidden_state
 
     def logits(self, output: Tensor, depth: int = 0) -> Tensor:
-        """Compute the logits of all tokens or, if the model clusters its vocabulary, only of those from `_nearest`."""
+        """Compute the logits of all tokens or, if the model clusters its vocabulary, of those in `_nearest`."""
         if self._embedder is None:
             return self._model.lm_head(output).float()
         return self._scores(output, self._nearest(output))

@@ -13,9 +13,7 @@ from ..tree import TreeShape
 
 
 class LoadedModel(LevelSource):
-    """Drafts with `model` for `target`. Raises a `ValueError` if the model cannot draft for this target. Holds only a
-    weak reference to the model, so the caller must keep the model.
-    """
+    """Drafts for `target` with `model`, held by a weak reference. Raises a `ValueError` if the two do not fit."""
 
     def __init__(self, model: PreTrainedModel, target: PreTrainedModel) -> None:
         self._model = ref(model)

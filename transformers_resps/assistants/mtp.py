@@ -57,7 +57,7 @@ class MtpLayer(nn.Module):
         self._hidden_first = config.hidden_first
 
     def forward(self, embeddings: Tensor, hidden: Tensor, **block: Any) -> Tensor:
-        """Map embeddings and the previous tokens' hidden states, `[b, t, h]` each, to outputs before `self.norm`."""
+        """Map embeddings and previous hidden states `[b, t, h]` to outputs before the norm. The layer gets `block`."""
         pair = [self.enorm(embeddings), self.hnorm(hidden)]
         output = self.block(self.eh_proj(torch.cat(pair[::-1] if self._hidden_first else pair, dim=-1)), **block)
         return output[0] if isinstance(output, tuple) else output
@@ -136,7 +136,7 @@ class MtpHead(TrainableSource, nn.Module):
         self._rows = KeptRows()
 
     def _numbered(self, name: str) -> str:
-        """Return DeepSeek-V3's name of a tensor, in which MTP layers are numbered after the target's layers."""
+        """Convert our tensor name to DeepSeek-V3's, which numbers MTP layers after the target's layers."""
         _, depth, rest = name.split(".", 2)
         rest = re.sub(r"^(norm|head)\.", r"shared_head.\1.", rest.removeprefix("block."))
         return f"model.layers.{self.target['num_hidden_layers'] + int(depth)}.{rest}"
@@ -234,7 +234,7 @@ class MtpHead(TrainableSource, nn.Module):
 
     @torch.no_grad()
     def _start_from(self, target: PreTrainedModel) -> None:
-        """Copy the target's last layer, but set output projections to 0, so that hidden states pass unchanged."""
+        """Copy the target's last layer to each MTP layer with zero output projections, so it outputs what it reads."""
         norm, shift = target.get_decoder().norm.weight, int(_is_zero_centred(target))
         factors = (norm.float() + shift).abs().clamp(min=_SMALLEST_FACTOR).copysign(norm.float() + shift)
         for layer in cast(Any, self.layers):
@@ -413,7 +413,7 @@ def _is_zero_centred(target: PreTrainedModel) -> bool:
 
 
 def _borrowing(config: MtpConfig, checkpoint: MtpCheckpoint, target: PreTrainedModel) -> MtpConfig:
-    """Set `own_embedding` or `own_output_head` to false if the checkpoint's tensor is a copy of the target's."""
+    """Return `config`, but without an own embedding or output head if the stored one is a copy of the target's."""
 
     def differs(part: str, theirs: Any) -> bool:
         names = [f"layers.{depth}.{part}.weight" for depth in range(config.depths)]
@@ -427,7 +427,7 @@ def _borrowing(config: MtpConfig, checkpoint: MtpCheckpoint, target: PreTrainedM
 
 
 class KeptRows:
-    """Keeps copies of the output heads' rows for the draft vocabulary, and renews them when the weights change."""
+    """Keeps for each MTP layer the output head's rows of the draft vocabulary; copies them anew if weights change."""
 
     def __init__(self) -> None:
         self._kept: dict[int, tuple[tuple[int, int], Callable[[Tensor], Tensor]]] = {}
@@ -436,7 +436,7 @@ class KeptRows:
         return KeptRows, ()
 
     def of(self, output: nn.Module, ids: Tensor, depth: int) -> Callable[[Tensor], Tensor]:
-        """Return a function that maps outputs `[..., h]` of one MTP layer to logits `[..., d]` of the tokens `ids`."""
+        """Return a function that maps outputs `[..., h]` of MTP layer `depth` to logits `[..., d]` of tokens `ids`."""
         weight, bias = cast(Tensor, output.weight), cast(Tensor | None, getattr(output, "bias", None))
         version = (weight.data_ptr(), 0 if weight.is_inference() else weight._version)
         if depth not in self._kept or self._kept[depth][0] != version:
@@ -449,8 +449,8 @@ _GROWING_ROPES = ("dynamic", "longrope")  # RoPE types whose angles depend on th
 
 
 class BoundMtp(TrainableModel):
-    """MTP layers together with the target's parts that they use; made by `MtpHead.bind`. `layers` are those of the
-    head, or copies with packed weights. If given, `forward` runs instead of `MtpHead.forward`, with its arguments.
+    """Runs a head's MTP layers with parts of one target; see `MtpHead.bind`. `layers` are the head's, or copies with
+    packed weights; `rows` keeps output rows. If passed, `forward` replaces `MtpHead.forward`, with its arguments.
     """
 
     def __init__(
@@ -554,7 +554,7 @@ class BoundMtp(TrainableModel):
 
 
 def _near(entries: Entries, positions: Tensor, pattern: AttentionPattern) -> Tensor | None:
-    """Return the mask of `entries`, with the text's keys outside the window hidden, too; `None` for a single query
+    """Return the mask of `entries` that also hides text keys outside the pattern's window; `None` for a single query
     without a mask. `positions` `[b or 1, t, 1]` are those of the queries. The tree's keys, in slots below 0, are kept.
     """
     mask, count = entries.mask, positions.shape[1]
@@ -567,7 +567,7 @@ def _near(entries: Entries, positions: Tensor, pattern: AttentionPattern) -> Ten
 
 
 class _Newest(Entries):
-    """Serves a single query without a mask: `update` returns only keys and values of the tree and in the window."""
+    """Wraps `entries` for a single query without a mask: `update` leaves out the text before the window."""
 
     def __init__(self, entries: Entries, window: int) -> None:
         self._entries, self._window = entries, window

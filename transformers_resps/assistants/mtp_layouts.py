@@ -108,8 +108,8 @@ _COMPARED = 64  # Number of rows that are compared to recognise a copy.
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """The names in a checkpoint of the tensors that together make one of our tensors. Ours is stored whole, as
-    two halves of its rows, or as one part for each expert.
+    """Names of the tensors in a checkpoint that together make one tensor of our MTP layers. Publishers store that
+    tensor whole, as two halves of its rows, or the whole or each half as one tensor for each expert.
     """
 
     # For each half: expert -> name. The key -1 means one tensor for all experts.
@@ -117,7 +117,7 @@ class Stored:
 
     @property
     def names(self) -> list[list[str]]:
-        """The names of each half, in the order of the experts."""
+        """The names of each stored half, or of the whole tensor, in the order of the experts."""
         return [[part[key] for key in sorted(part)] for part in self.parts if part]
 
     @property
@@ -132,7 +132,7 @@ class Stored:
         return torch.cat(rows, dim=1) if len(rows) > 1 else rows[0]
 
     def split(self, tensor: Tensor) -> dict[str, Tensor]:
-        """Do the opposite of `joined`: return the stored tensors, by name."""
+        """Split our tensor into the stored tensors, by name. `joined` makes our tensor of them."""
         rows = tensor.chunk(len(self.names), dim=1) if len(self.names) > 1 else (tensor,)
         each = [part.unbind(0) if self._is_apart else (part,) for part in rows]
         return {
@@ -143,7 +143,9 @@ class Stored:
 
 
 def stored_names(names: Iterable[str], layer_count: int) -> dict[str, Stored]:
-    """Map our name of each MTP tensor to its names in the checkpoint, whose target has `layer_count` layers."""
+    """Group `names`, those of all tensors of a checkpoint, by our name of the MTP tensor that they make; other tensors
+    are left out. The target has `layer_count` layers.
+    """
     stored: dict[str, Stored] = {}
     for name in names:
         ours = _canonical(name, layer_count)
@@ -159,7 +161,7 @@ def stored_names(names: Iterable[str], layer_count: int) -> dict[str, Stored]:
 
 
 def _canonical(name: str, layer_count: int) -> str | None:
-    """Return our name of a tensor, `layers.{depth}.{part}`; `None` if it belongs to no MTP layer."""
+    """Return our name, `layers.{depth}.{part}`, of a stored tensor; `None` if it belongs to no MTP layer."""
     for theirs, ours in _ROOTS.items():
         name = re.sub(theirs, ours, name)
     layer = _LAYER.match(name)
@@ -246,7 +248,7 @@ class MtpCheckpoint:
             )
 
     def check_target(self, target: dict[str, Any]) -> None:
-        """Raise a `ValueError` if sizes in a target's `target_identity` differ from those of the checkpoint."""
+        """Raise a `ValueError` if the sizes in `target`, its `target_identity`, differ from the checkpoint's."""
         wrong = [
             f"{key} {self.stated(key)} (the target: {target[key]})"
             for key in ("hidden_size", "vocab_size")
@@ -286,7 +288,7 @@ class MtpCheckpoint:
         )
 
     def is_copy(self, ours: str, weight: Tensor) -> bool:
-        """Return whether a sample of our tensor's rows equals `weight`'s `[n, m]`; false if `weight` is offloaded."""
+        """Return whether some rows of the tensor `ours` equal those of the target's `weight`; false if offloaded."""
         if weight.is_meta:
             return False
         name = self.stored[ours].names[0][0]
@@ -301,9 +303,8 @@ class MtpCheckpoint:
         return found is not None and torch.equal(found.to(theirs.dtype), theirs)
 
     def read(self, ours: Iterable[str], dtype: torch.dtype, *, sizes_only: bool = False) -> dict[str, Tensor]:
-        """Load tensors by our names to the CPU: FP8 tensors as `dtype`, others in their stored dtype. With
-        `sizes_only` the results are meta tensors. Raises a `ValueError` if a file is damaged or FP8 scales are
-        missing.
+        """Load the tensors with our names `ours` to the CPU: FP8 tensors as `dtype`, others as stored. `sizes_only`
+        makes meta tensors instead. Raises a `ValueError` if a file is damaged or FP8 scales are missing.
         """
         wanted = {name: self.stored[name] for name in ours}
         raw = [name for stored in wanted.values() for names in stored.names for name in names]

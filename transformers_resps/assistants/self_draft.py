@@ -71,7 +71,7 @@ class SelfDraft(DraftSource):
 
 
 class SelfDrafter(Drafter):
-    """Drafts for each row the chain of likeliest tokens, and beside it the next likeliest tokens of each level."""
+    """Drafts with rounded weights a chain of likeliest tokens, and beside it each level's next likeliest tokens."""
 
     def __init__(self, steps: RoundedSteps, vocabulary: int) -> None:
         self._steps, self.proposable_tokens = steps, vocabulary
