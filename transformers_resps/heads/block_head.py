@@ -139,7 +139,7 @@ class MarkovHead(nn.Module):
 
 
 class CandidateSelector(nn.Module):
-    """Like `MarkovHead`, corrects the logits of a slot's likeliest tokens, but with other tables (DFlash 2)."""
+    """Adds to the logits of a slot's likeliest tokens a term like `MarkovHead`'s, from other tables (DFlash 2)."""
 
     def __init__(self, config: BlockHeadConfig) -> None:
         super().__init__()
@@ -331,7 +331,7 @@ class BoundBlockHead(BlockModel, BoundModel):
     def run(
         self, depth: int, tokens: Tensor, hidden: Tensor | None, places: Places, entries: Entries, wanted: Wanted = ALL
     ) -> Tensor:
-        """Append the keys and values of committed tokens to `entries`; return the tokens' fused features, `hidden`."""
+        """Store in `entries` the keys and values of fused features `hidden`; return `hidden` at `wanted` positions."""
         assert hidden is not None
         self.head.write_context(hidden, Rope(*places), entries)
         return at_wanted(hidden, wanted)
@@ -355,7 +355,7 @@ class BoundBlockHead(BlockModel, BoundModel):
         return self._forward(embeddings, Rope(*places), attend)
 
     def predicting(self, output: Tensor, levels: int) -> Tensor:
-        """Select from outputs `[..., q, h]` at a block's positions the ones for the next `levels` tokens."""
+        """Select from a block's outputs `[..., q, h]` those at the slots that predict the next `levels` tokens."""
         return output.narrow(-2, int(not self._config.shifted), levels)
 
     def fill(

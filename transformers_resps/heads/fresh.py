@@ -110,7 +110,7 @@ def _plain_norm(target: PreTrainedModel) -> Tensor | None:
 
 
 def block_fields(target: PreTrainedModel, feature_layers: list[int] | None, given: dict[str, Any]) -> dict[str, Any]:
-    """Add defaults for a small block head to the `given` fields of its config."""
+    """Return the fields `given` for a block head's config, with defaults of a small head for the others."""
     check_is_model(target)
     config = text_config(target)
     depth, theirs = config.num_hidden_layers, getattr(config, "rope_parameters", None) or {}
@@ -143,7 +143,7 @@ def start_layers(layers: Any, hidden_norm: Any, target: PreTrainedModel) -> None
 
 
 def _misfits(config: Any, theirs: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield each contradiction among the config's fields or with the target's sizes, and how to correct it."""
+    """Yield each contradiction among the config's fields or with the target's sizes `theirs`, and its remedy."""
     layers, depth, width = config.feature_layers, theirs["target"]["num_hidden_layers"], theirs["hidden_size"]
     if layers[-1] > depth:
         yield (
@@ -166,7 +166,7 @@ def _misfits(config: Any, theirs: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _stated(config: Any, name: str, otherwise: Any = None) -> Any:
-    """Return a field of a target's config; `otherwise` if it is missing, null, or differs by layer as in Gemma 4."""
+    """Return field `name` of a target's config; `otherwise` if missing, null, or differs by layer as in Gemma 4."""
     try:
         found = getattr(config, name, None)
     except RuntimeError:  # `AmbiguousGlobalPerLayerAttributeError` of Transformers 5.24

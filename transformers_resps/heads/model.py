@@ -228,7 +228,7 @@ class HeadModel(TrainableSource, PreTrainedModel):  # type: ignore[misc]  # each
         return plain_card("draft head", "draft-head", (self.config.target or {}).get("name_or_path"), use)
 
     def _named(self, *fields: str) -> dict[str, Any]:
-        """Return the name, the sizes and the given `fields` of the config, to identify the head."""
+        """Return the config's values that identify the head: its name, its sizes, and these further `fields`."""
         sizes = ("name_or_path", "feature_layers", "hidden_size", "num_hidden_layers", "vocab_size", *fields)
         return {name: getattr(self.config, name) for name in sizes}
 
@@ -250,7 +250,7 @@ class HeadModel(TrainableSource, PreTrainedModel):  # type: ignore[misc]  # each
         check_made_for(target, needed, self.config.target or {}, self.feature_layers)
 
     def near(self, target: PreTrainedModel) -> tuple[list[tuple[int, ...]], list[float]]:
-        """Return the feature layers, and the RoPE bases, that the head's file may mean; configured ones come first."""
+        """Return lists of the feature layers and RoPE bases that the file may mean, with the configured ones first."""
         text = target.config.get_text_config()
         shifted = [tuple(layer + shift for layer in self.feature_layers) for shift in (0, 1, -1)]
         theirs = getattr(text, "rope_parameters", None) or {}
@@ -546,7 +546,7 @@ class BoundHead(BoundModel):
 
 
 def with_masks(entries: Entries, masks: Masks) -> Attend:
-    """Make the `attend` of a block pass: it stores keys and values in `entries`, and applies the layer's mask."""
+    """Return the function `attend` of a block pass: it stores keys and values in `entries`, and applies `masks`."""
     return lambda layer, queries, keys, values: attend(queries, *entries.update(keys, values, layer), masks[layer])
 
 

@@ -53,7 +53,7 @@ _KINDS = {
 def read_block(
     checkpoint: Checkpoint, target: PreTrainedModel | None, overrides: dict[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read a block head, see `Reader`."""
+    """Convert a block head to fields of its config and tensors by our names; for the arguments see `Reader`."""
     return _PublishedBlock(checkpoint, target, overrides).read()
 
 

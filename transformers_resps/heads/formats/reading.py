@@ -128,7 +128,7 @@ _PARALLEL_LEVELS = 8  # Speculators' default for P-EAGLE heads.
 def read_eagle(
     checkpoint: Checkpoint, target: PreTrainedModel | None, overrides: dict[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read an EAGLE-3 head, see `Reader`."""
+    """Convert an EAGLE-3 head to fields of its config and tensors by our names; for the arguments see `Reader`."""
     tensors, config = canonical_names(checkpoint.tensors, checkpoint.name), checkpoint.config
     parts = (config.get("transformer_layer_config") or {}, config.get("eagle_config") or {}, config)
     flat = {key: value for part in parts for key, value in part.items() if value is not None} | overrides

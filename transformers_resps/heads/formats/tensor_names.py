@@ -75,7 +75,7 @@ def check_complete(tensors: dict[str, Tensor], source: str) -> None:
 
 
 def check_exact(wanted: dict[str, Tensor], tensors: dict[str, Tensor], source: str) -> None:
-    """Raise a `ValueError` that lists tensors which are missing, unexpected, quantized or of a wrong shape."""
+    """Raise a `ValueError` if names or shapes of `tensors` differ from `wanted`, or if one is quantized."""
     missing, unexpected = sorted(set(wanted) - set(tensors)), sorted(set(tensors) - set(wanted))
     if missing or unexpected:
         raise ValueError(_inexact(source, missing, unexpected))
