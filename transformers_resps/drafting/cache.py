@@ -156,7 +156,7 @@ class _CacheEntries(Entries):
         return self._mask_of(self._where.shape[1] if isinstance(self._where, Tensor) else self._end - self._where)
 
     def _mask_of(self, queries: int, copies: int = 1) -> Tensor | None:
-        """Return a mask `[b or 1, 1 or copies, queries, s]` for the last tokens of the pass. The mask of a tree is
+        """Return a mask `[b or 1, 1 or copies, queries, s]` for the pass's last tokens over s slots. A tree's mask is
         repeated `copies` times, once for each query head that shares a key head.
         """
         if self._made is None:

@@ -10,7 +10,7 @@ from .drafter import Committed, Drafter, DraftRequest
 
 
 def together(drafters: Sequence[Drafter]) -> Drafter | None:
-    """Combine drafters into one, which calls them in this order; return `None` if there are no drafters."""
+    """Combine drafters into one, which calls them in the same order; return `None` if there are no drafters."""
     if len(drafters) < 2:
         return drafters[0] if drafters else None
     return MixedDrafter(drafters)

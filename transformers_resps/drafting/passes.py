@@ -129,7 +129,7 @@ def one_later(states: Tensor, where: int | Tensor) -> Tensor:
 
 
 class LevelNodes(NamedTuple):
-    """Inputs of a pass that runs over drafted nodes and drafts one more level."""
+    """Inputs of a `LevelPass`, which runs over drafted nodes and drafts one more level."""
 
     nodes: Frontier  # n nodes, the newest level first; only the first w nodes have scores and get children
     itself: Tensor  # [b or 1, k, k] identity matrix: in their level, the k next nodes attend only to themselves
@@ -200,7 +200,7 @@ def _lone(growth: Growth) -> Growth:
 
 
 class First(NamedTuple):
-    """Inputs of a first pass: the newest tokens, their text, the root of the previous pass, and the shape to draft."""
+    """Inputs of a `FirstPass`: the newest tokens, their text, the root before them, and the shape to draft."""
 
     pairs: Pairs
     text: Prefix
@@ -218,7 +218,7 @@ class FirstPass(DraftPass[First, tuple[Root, Grown]]):
 
     @abstractmethod
     def edges(self, shape: TreeShape, rows: int, fewest: int = 0) -> list[Tensor]:
-        """Return the tensors `edges` of `below`. Their sizes, at least `fewest`, say how many nodes to draft."""
+        """Return the `edges` to pass to `below`. Their sizes, at least `fewest`, say how many nodes to draft."""
 
     @abstractmethod
     def below(self, root: Root, text: Prefix, shape: TreeShape | None, *edges: Tensor) -> Grown:
@@ -328,7 +328,7 @@ class Draft(ABC, Generic[Grown]):
 
 
 class LevelDraft(Draft[Growth]):
-    """Drafts level by level with one pass per level. In a model with several depths, each depth drafts one level."""
+    """Drafts level by level, with a pass for each level. If the model has several depths, each drafts one level."""
 
     def __init__(self, model: StepModel, shape: TreeShape, goes_on: GoesOn | None = None) -> None:
         # A node is never kept unless it is among the best `total_tokens - 1` nodes of its level.

@@ -59,7 +59,7 @@ class PlaceWindow:
 class Positions(NamedTuple):
     """Positions of some tokens: `every[wanted]`, where `every` is a range or a tensor `[b or 1, t]`."""
 
-    window: PlaceWindow
+    window: PlaceWindow  # computes their places
     every: range | Tensor
     wanted: slice
 
@@ -130,7 +130,7 @@ class Pairs(NamedTuple):
     tokens: Tensor  # [b, t]; a row with fewer than t tokens repeats some of them
     features: Tensor | None  # [b, t, F]; `None` if the model reads none
     where: int | Tensor  # the slot of the first token in all rows, or the slots of each row, [b or 1, t]
-    positions: Positions
+    positions: Positions  # of the tokens
 
     @property
     def slots(self) -> Tensor:
