@@ -126,7 +126,7 @@ class MarkovHead(nn.Module):
         return state if first is None else self.step(root, first, state)[1]
 
     def step(self, before: Tensor, hidden: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """Advance w paths by one token each, with embeddings `before`; return context and state, both `[b, w, r]`."""
+        """Advance the RNN on w paths by a token, embedded as `before`; return context and state `[b, w, r]` each."""
         hidden = hidden[:, None].expand(-1, before.shape[1], -1)
         gate, new, output = self.joint_proj(torch.cat([state, before, hidden], dim=-1)).chunk(3, dim=-1)
         gate = torch.sigmoid(gate)

@@ -50,7 +50,7 @@ class UnrolledEntries(Entries):
 
     @property
     def _own_entries(self) -> int:
-        """Number of keys of levels 1 to k, q for each level, if read before the keys of level k are stored."""
+        """Number of keys of levels 1 to k, q for each level. It must be read before the keys of level k are stored."""
         return self._sees.shape[2] * len(next(iter(self._kept.values()), ()))
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
