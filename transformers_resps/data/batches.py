@@ -17,9 +17,9 @@ IGNORED = -100  # Label of tokens that the loss ignores.
 
 
 def collate(rows: Sequence[dict[str, Any]], processor: ProcessorMixin | None = None) -> dict[str, Any]:
-    """Right-pad the fields `[t, ...]` of `rows` with zeros to `[b, t, ...]`. In the batch `labels` replace
-    `loss_mask`: the token ids where the mask is true, elsewhere `IGNORED`. If any row has `pictures`, `image_inputs`,
-    the image arguments of the target's forward, replace them; this needs `processor`.
+    """Batch `rows`, dicts like `Example.tensors`: tensors `[t, ...]` are right-padded with zeros to `[b, t, ...]`.
+    `labels` replace `loss_mask`: the token ids where the mask is true, elsewhere `IGNORED`. If any row has `pictures`,
+    the batch has `image_inputs`, the image arguments of the target's forward, which `processor` computes.
     """
     names = [name for name in rows[0] if name != "pictures"]
     batch: dict[str, Any] = {name: pad_sequence([row[name] for row in rows], batch_first=True) for name in names}
@@ -32,10 +32,10 @@ def collate(rows: Sequence[dict[str, Any]], processor: ProcessorMixin | None = N
 
 
 class TokenBudgetBatches(Sampler[list[int]]):
-    """Yields lists of text indices, each a batch of at most `budget` tokens, padding included, or one longer text.
+    """Groups texts of the given `lengths` (in tokens) by similar length; yields each batch as a list of text indices.
 
-    With `shuffle`, batches of texts of similar length are drawn once; each epoch yields these batches in another
-    order.
+    A batch has at most `budget` tokens, padding included, or is one longer text. Batches are made once; each epoch
+    yields them in another order if `shuffle` is true.
     """
 
     batch_size = None  # Accelerate reads this attribute; batches differ in size
@@ -74,7 +74,7 @@ _TEXT_COLUMNS = ("input_ids", "loss_mask")
 
 
 class PreparedTexts(Dataset[dict[str, Any]]):
-    """The rows of a `datasets.Dataset` that `prepare_dataset` made."""
+    """PyTorch dataset of `rows`, a `datasets.Dataset` from `prepare_dataset`; item i is row i's `Example.tensors`."""
 
     def __init__(self, rows: Any) -> None:
         read = {*_TEXT_COLUMNS, *IMAGE_COLUMNS}
@@ -92,11 +92,11 @@ class PreparedTexts(Dataset[dict[str, Any]]):
         return Example.of_row(self._rows[index])
 
     def examples(self) -> Iterator[Example]:
-        """Yield all rows, in order, without their images."""
+        """Yield an `Example`, without its images, for each row in order."""
         return map(Example.of_row, self._rows.select_columns(list(_TEXT_COLUMNS)))
 
     def some(self, count: int) -> Iterator[dict[str, Any]]:
-        """Sort the rows by length, and yield up to `count` of them at equal distances."""
+        """Yield `count` rows, or all if there are fewer, evenly spaced in the order of their lengths."""
         by_length = sorted(range(len(self)), key=lambda index: self.lengths[index])
         count = min(count, len(self))
         return (self[by_length[index * len(self) // count]] for index in range(count))
@@ -106,8 +106,8 @@ _STREAM_BUFFER = 1024  # Number of rows that are read at once and grouped by len
 
 
 class StreamedBatches(IterableDataset[list[dict[str, Any]]]):
-    """Batches of at most `budget` tokens from a `datasets.IterableDataset` that `prepare_dataset` made. Rows are read
-    in groups of 1024 (buffers), in order. Within a buffer, rows of similar length form batches.
+    """Yields batches (lists of `Example.tensors`) of at most `budget` tokens from `rows`, a `datasets.IterableDataset`
+    that `prepare_dataset` made. It reads 1024 rows at a time, in order, and batches those of similar length.
     """
 
     def __init__(self, rows: Any, budget: int, *, seed: int = 0) -> None:

@@ -1,7 +1,7 @@
 """Read conversations from files in the usual layouts, as lists of `messages`.
 
 Files are read without `datasets`, which refuses truncated downloads and is not part of the base install. ShareGPT's
-roles are renamed here because TRL's `maybe_convert_to_chatml` keeps them.
+roles ("human", "gpt") are renamed here, because TRL's `maybe_convert_to_chatml` does not rename them.
 """
 
 import json
@@ -21,14 +21,13 @@ _BETWEEN_ROWS = re.compile(r"[,\s]*")
 
 
 def load_conversations(source: str | Path, split: str = "train") -> Iterator[Conversation]:
-    """Yield the conversations of a file, or of a `split`, such as `train[:1000]`, of a dataset.
+    """Yield the conversations in `source`, a file or a dataset; of a dataset only `split`, such as `train[:1000]`.
 
-    A file is `.jsonl`, or `.json` with one list; of a truncated list the complete rows are read. A dataset is given as
-    Hub id, `owner/name` or `owner/name:config`, or as a folder with the same layout. A row may have `messages`;
+    A file is `.jsonl`, or `.json` with one list; if the list is truncated, its complete rows are read. A dataset is a
+    Hub id, `owner/name` or `owner/name:config`, or a folder with the same layout. Each row must have `messages`;
     `prompt` and optionally `completion` (each a string or a list of messages); `turns` (user turns); `question` and
     optionally `answer`; or ShareGPT's `conversations`. Raises a `ValueError` if `source` looks like a file but does
-    not exist or is no JSON in UTF-8, if a row has none of these fields or other content than text, or if the package
-    `datasets` is missing.
+    not exist or is no JSON in UTF-8, if a row has none of these or is not only text, or without `datasets`.
     """
     path = Path(source)
     read = _jsonl_rows if path.suffix == ".jsonl" else _json_list_rows
@@ -42,7 +41,7 @@ def load_conversations(source: str | Path, split: str = "train") -> Iterator[Con
 
 
 def load_rows(source: str | Path, split: str = "train") -> Any:
-    """Load the `Dataset` of a file or Hub id; arguments and errors as in `load_conversations`."""
+    """Load a file, or a `split` of a dataset, as a `datasets.Dataset`; for `source` see `load_conversations`."""
     is_file = Path(source).is_file()
     if not is_file and Path(source).suffix in (".json", ".jsonl"):
         raise ValueError(
@@ -129,14 +128,14 @@ def _from_sharegpt(turns: list[dict[str, Any]]) -> Conversation:
 
 
 def as_messages(value: Any, role: str | None) -> Conversation:
-    """Check and return messages; convert a string to one message of `role`. Callers add the row to errors."""
+    """Check messages, or make a string one message of `role`, and return them; raise `ValueError` for wrong ones."""
     if isinstance(value, str) and role is not None:
         return [{"role": role, "content": value}]
     return [{"role": str(message["role"]), "content": _text(message["content"])} for message in _checked(value)]
 
 
 def _checked(value: Any) -> list[dict[str, Any]]:
-    messages = _objects(value, "messages")
+    messages = _objects(value, "messages")  # errors begin with "has": callers prepend the row's number
     for message in messages:
         if not {"role", "content"} <= set(message):
             raise ValueError(f"has a message with the fields {sorted(message)}, but it needs `role` and `content`.")
@@ -146,8 +145,9 @@ def _checked(value: Any) -> list[dict[str, Any]]:
 
 
 def with_images(value: Any, images: int) -> list[dict[str, Any]]:
-    """Check messages and split each content into parts. If no part is an image, put `images` image parts before the
-    text of the first user turn, as in TRL. Raises as `as_messages` does, and if an assistant's turn has an image.
+    """Check messages as `as_messages` does, and split each content into text and image parts. If no part is an image,
+    put image parts, as many as `images` says, before the text of the first user turn, as in TRL. Raises `ValueError`
+    if a message is wrong, or if an assistant's turn has an image.
     """
     messages: list[dict[str, Any]] = [
         {"role": str(one["role"]), "content": _parts(one["content"], has_images=True)} for one in _checked(value)
@@ -161,17 +161,17 @@ def with_images(value: Any, images: int) -> list[dict[str, Any]]:
 
 
 def images_in(message: dict[str, Any]) -> int:
-    """Count the images in a message."""
+    """Count the image parts in a message's content."""
     return sum(part["type"] == "image" for part in message["content"] if isinstance(part, dict))
 
 
 def text_of(content: str | list[dict[str, str]]) -> str:
-    """Return the text of a message's content, without images."""
+    """Return a message's content as a string: of a list of parts, the joined texts."""
     return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
 
 
 def _parts(content: Any, *, has_images: bool) -> list[dict[str, str]]:
-    """Convert a message's content, a string, a number or a list, to text and image parts; raise for other parts."""
+    """Convert a string, number or list to text and, if `has_images`, image parts; raise `ValueError` otherwise."""
     if isinstance(content, (str, int, float)):
         return [{"type": "text", "text": str(content)}]
     parts = []
@@ -200,7 +200,7 @@ def _text(content: Any) -> str:
 
 
 def to_tokens(messages: Conversation, tokenizer: Any) -> Tensor:
-    """Tokenize a prompt, with the chat template if there is one; return token ids `[s]`."""
+    """Tokenize a prompt by the chat template or, without one, its contents as lines; return token ids `[s]`."""
     if tokenizer.chat_template is None:
         return torch.tensor(tokenizer("\n".join(message["content"] for message in messages) + "\n")["input_ids"])
     return torch.tensor(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))

@@ -1,4 +1,4 @@
-"""Choose the tokens that a head can propose, and compute which share of the answers' tokens they are."""
+"""Choose the tokens that a head can propose, and compute which share of all tokens in the answers they cover."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from .preparation import Example
 
 @dataclass(frozen=True, slots=True)
 class DraftVocabulary:
-    """The tokens that a head can propose."""
+    """The tokens that a head can propose, and how much of the training answers they cover."""
 
     token_ids: Tensor  # [d] target ids, ascending
     coverage: float  # share of the answers' tokens that the head can propose: an upper bound of acceptance
@@ -24,8 +24,8 @@ def choose_draft_vocabulary(
     """Choose `draft_vocab_size` token ids: all of `always`, then the most frequent tokens of the assistant's turns.
 
     Among equally frequent tokens, low ids are preferred: in byte-pair vocabularies they tend to be frequent. Raises a
-    `ValueError` if `draft_vocab_size` is above `vocab_size` or not above the number of `always` tokens, or if a token
-    id is not in the target's vocabulary.
+    `ValueError` if `draft_vocab_size` is above `vocab_size` or not above the number of `always` tokens, or if an id in
+    `always` or `examples` is not in the target's vocabulary.
     """
     forced = torch.tensor(sorted(set(always)), dtype=torch.long)
     if not len(forced) < draft_vocab_size <= vocab_size:
@@ -46,7 +46,7 @@ def choose_draft_vocabulary(
 
 
 def vocabulary_of(head: TrainableSource, examples: Iterable[Example]) -> DraftVocabulary:
-    """Return a head's draft vocabulary; raise `ValueError` if none of the examples' answer tokens is in it."""
+    """Return a head's draft vocabulary with its coverage of `examples`; raise `ValueError` if the coverage is 0."""
     token_ids = head.draft_token_ids.cpu()
     coverage = _share(_answer_counts(examples, head.vocab_size), token_ids)
     if coverage == 0:

@@ -20,17 +20,17 @@ IMAGE_COLUMNS = ("images", "pictures")  # columns that only a prepared dataset w
 
 @dataclass(slots=True)
 class Pictures:
-    """The images of one text, and the parts of the text that contain images."""
+    """The images of one text, and its parts that contain images; a part is the rendered text before an answer."""
 
     images: list[Any]  # in the order of the text
     texts: list[str] = field(default_factory=list)  # parts, rendered with a placeholder for each image
     counts: list[int] = field(default_factory=list)  # number of images in each part
     starts: list[int] = field(default_factory=list)  # index of each part's first token
-    key: str = ""  # a hash of the processor's output
+    key: str = ""  # a hash of the processor's output for all parts
 
     @classmethod
     def of_row(cls, row: Mapping[str, Any]) -> "Pictures | None":
-        """Collect the pictures of a row that `prepare_dataset` made; `None` if it has no images."""
+        """Read the pictures of a row that `prepare_dataset` made; return `None` if its text shows no images."""
         parts = row.get("pictures")
         if not parts or not parts["texts"]:
             return None
@@ -38,7 +38,7 @@ class Pictures:
 
     @property
     def parts(self) -> dict[str, Any]:
-        """The row's value in the column `pictures`: all fields except `images`."""
+        """A prepared row's value in the column `pictures`: `texts`, `counts` and `starts` of the parts, and `key`."""
         return {"texts": self.texts, "counts": self.counts, "starts": self.starts, "key": self.key}
 
     def before(self, place: int) -> "Pictures | None":
@@ -74,14 +74,14 @@ def images_of(row: Mapping[str, Any]) -> list[Any]:
 
 
 def _read(processor: Any, texts: list[str], images: list[list[Any]]) -> dict[str, Tensor]:
-    """Run the processor without adding special tokens, since the chat template already added them; as in TRL."""
+    """Run the processor on texts and the images of each; the chat template already added the special tokens."""
     padding = {"padding": True, "padding_side": "right"} if len(texts) > 1 else {}
     return dict(processor(text=texts, images=images, add_special_tokens=False, return_tensors="pt", **padding))
 
 
 def image_inputs(rows: Sequence[Pictures | None], processor: ProcessorMixin, length: int) -> dict[str, Tensor]:
-    """Return the image arguments of the target's forward for a batch; `{}` if no row has images. Token type ids are
-    right-padded to `[b, length]`; other tensors are the processor's output for all images of the batch.
+    """Compute the image arguments of the target's forward for a batch, from each row's pictures; `{}` if no row has
+    any. Token type ids are right-padded to `[b, length]`; other tensors are the processor's output for all images.
     """
     parts, texts, images = list[tuple[int, int]](), list[str](), list[list[Any]]()
     for row, shown in enumerate(rows):
@@ -112,7 +112,7 @@ def cast_for(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str, 
 
 
 def load_processor(target: PreTrainedModel, processing_class: Any = None) -> ProcessorMixin | None:
-    """Return `processing_class` or, if it is missing, the target's processor; `None` if that reads no images."""
+    """Return `processing_class`, by default the target's processor; `None` if it is a mere tokenizer or missing."""
     if processing_class is not None or not target.config.name_or_path:
         return processing_class if isinstance(processing_class, ProcessorMixin) else None
     try:

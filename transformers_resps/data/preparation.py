@@ -47,7 +47,7 @@ class Example:
 
     @property
     def predicted(self) -> Tensor:
-        """`loss_mask` without the first two tokens of the text, which a head cannot predict; `[t]` bool."""
+        """`loss_mask`, but false at the first two tokens of the text, which a head cannot predict; `[t]` bool."""
         mask = self.loss_mask.clone()
         mask[:2] = False
         return mask
@@ -59,7 +59,7 @@ class Example:
         return {"input_ids": self.input_ids, "loss_mask": self.predicted, **shown}
 
     def check_ids(self, vocab_size: int, number: int) -> None:
-        """Raise `ValueError` if the text is empty or has an id outside the vocabulary; errors state `number`."""
+        """Raise a `ValueError` about text `number` if it is empty or has an id outside the vocabulary."""
         if not len(self.input_ids):
             raise ValueError(f"Text {number} has no tokens. Leave out empty texts.")
         odd = self.input_ids[(self.input_ids < 0) | (self.input_ids >= vocab_size)]
@@ -72,7 +72,7 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """A part of a text that is tokenized separately."""
+    """A part of a text that is tokenized separately: an answer, or the text between two answers."""
 
     text: str
     is_learned: bool  # whether the head learns to predict these tokens
@@ -81,13 +81,13 @@ class _Piece:
 
 
 def make_example(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Example:
-    """Tokenize a conversation and mark its answers; raise `ValueError` if the chat template changes earlier turns."""
+    """Tokenize a conversation and mark its answers; raise `ValueError` if the chat template rewrites earlier turns."""
     return _joined(_pieces(conversation, tokenizer, 0, {}), tokenizer, max_length)
 
 
 def _pieces(conversation: list[Any], renderer: Any, learn_from: int, template: Row) -> list[_Piece]:
-    """Render a conversation with a tokenizer or processor, and split the text into questions and answers. Messages
-    before index `learn_from` are never answers. `template` has further arguments for the chat template.
+    """Render a conversation with `renderer`, a tokenizer or processor, and split the text into questions and answers.
+    Messages before index `learn_from` count as questions. `template` has further arguments for the chat template.
     """
     pieces: list[_Piece] = []
     render = partial(renderer.apply_chat_template, tokenize=False, **template)
@@ -112,7 +112,7 @@ def _pieces(conversation: list[Any], renderer: Any, learn_from: int, template: R
 def _joined(
     pieces: Iterable[_Piece], tokenizer: Any, max_length: int, images: list[Any] | None = None, processor: Any = None
 ) -> Example:
-    """Tokenize and join pieces; cut at `max_length`, or before the first piece whose images do not fit."""
+    """Tokenize pieces and join them, up to `max_length` tokens; stop before a piece with images that would be cut."""
     ids: list[int] = []
     mask: list[bool] = []
     pictures = Pictures(images or [])
@@ -149,9 +149,10 @@ def prepare_dataset(
     above `max_length` tokens are cut, but never within an image. Errors call the dataset `name`.
 
     Returns a dataset of the same class with `input_ids`, `loss_mask`, `length` in tokens, `question` (the first user
-    turn), `is_shortened` (only the first answer is used, because the chat template rewrites earlier turns) and, for
-    images, `images` and `pictures`. An iterable dataset is prepared while it is read. A dataset that has these columns
-    already is returned unchanged. Raises a `ValueError` if the dataset is empty, has other columns or content, has ids
+    turn), `is_shortened` (only the first answer is used, because the chat template rewrites earlier turns) and, for a
+    dataset with images, `images`, and `pictures`: the parts of the text that contain images, and where they begin (see
+    `Pictures.parts`). A dataset that already has the columns in `PREPARED` is returned unchanged. An iterable dataset
+    is prepared while it is read. Raises a `ValueError` if the dataset is empty, has other columns or content, has ids
     outside the vocabulary, or has nothing to learn from.
     """
     import datasets
@@ -187,7 +188,7 @@ def prepare_dataset(
 
 
 def shows_images(dataset: Any) -> bool:
-    """Return whether a dataset has one of TRL's columns for images."""
+    """Return whether a dataset has one of TRL's columns for images, `image` or `images`."""
     return bool({"image", "images"} & set(dataset.column_names or next(iter(dataset), ())))
 
 
@@ -217,7 +218,7 @@ def _features(dataset: Any, *, has_images: bool) -> Any:
 
 
 def _prepared_row(row: Row, number: int, name: str, reader: "_Reader", vocab_size: int) -> Row:
-    """Prepare one row; a row without a token to learn from becomes empty."""
+    """Return a row's prepared columns; a row without a token to learn from gets no tokens, and is dropped later."""
     try:
         example, is_shortened = reader.example_of(row)
         question = reader.question_of(row)
@@ -324,7 +325,7 @@ def _template(row: Row) -> Row:
 
 def _of_messages(conversation: list[Any], renderer: Any, template: Row) -> tuple[list[_Piece], bool]:
     """Drop assistant turns before the first question, and split the rest into questions and answers. If the template
-    changes earlier turns, keep only the part up to the first answer, and return true as the second result.
+    rewrites earlier turns, keep only the part up to the first answer, and return true as the second result.
     """
     roles = [message["role"] for message in conversation]
     first = roles.index("user") if "user" in roles else len(roles)

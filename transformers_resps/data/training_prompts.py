@@ -15,12 +15,12 @@ TRAINING_PROMPTS = "training_prompts.json"
 
 
 def prompt_fingerprint(text: str) -> str:
-    """Hash a user's first turn, ignoring differences in whitespace."""
+    """Hash a user's first turn to 16 hexadecimal digits, ignoring differences in whitespace."""
     return hashlib.sha256(" ".join(text.split()).encode()).hexdigest()[:16]
 
 
 def write_training_prompts(folder: str | Path, texts: Iterable[str], *, earlier: Iterable[str] = ()) -> None:
-    """Write hashes of `texts`, first user turns, and the hashes `earlier` of the head that training started from."""
+    """Write hashes of `texts` (first user turns), and the hashes `earlier` of the head that was trained further."""
     hashes = sorted({prompt_fingerprint(text) for text in texts}.union(earlier))
     text = json.dumps({"sha256_16": hashes}, separators=(",", ":"))
     (Path(folder) / TRAINING_PROMPTS).write_text(text, encoding="utf-8")
@@ -40,7 +40,7 @@ def read_training_prompts(folder: str | Path) -> set[str] | None:
 
 
 def training_prompts_of(source: str) -> set[str] | None:
-    """Load the hashes stored with a head or policy, a folder or Hub id; if there are none, warn and return `None`."""
+    """Load the hashes stored with the head or policy `source`, a folder or Hub id; if none, warn and return `None`."""
     file = file_of(source, TRAINING_PROMPTS)
     if file is None:
         danger = "it may have been trained on prompts that it will be measured on."
