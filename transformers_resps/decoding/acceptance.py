@@ -23,7 +23,7 @@ from .text import Batch, Text
 
 @dataclass(frozen=True, slots=True)
 class Acceptance:
-    """The tokens that a step added to the decoded rows."""
+    """The tokens that a step added to the decoded rows, and the tree nodes that it keeps."""
 
     path: Tensor  # [b, m] kept nodes, root first; short rows repeat their last node; undefined for finished rows
     tokens: Tensor  # [b, m] the token picked after each node; the last one is the next root
@@ -54,7 +54,7 @@ class Acceptance:
 
     @classmethod
     def of_picks(cls, picks: "Picks", paths: list[list[int]], picked: list[list[int]]) -> "Acceptance":
-        """Make an `Acceptance` from each row's nodes and tokens; copies to the device if `picks.tokens` is `None`."""
+        """Make an `Acceptance` from each row's kept nodes and picked tokens; copy nothing if `picks` has `tokens`."""
         if picks.tokens is None:
             return cls.from_rows(paths, picked, picks.device)
         emitted = list(map(len, paths))
@@ -70,7 +70,7 @@ class Acceptance:
 
 
 def read_picks(batch: Batch, tree: DraftTree, logits: Tensor) -> "Picks | None":
-    """Pick tokens at all nodes from logits `[b, n, v]`; return `None` if `accept_batch` must pick them one by one."""
+    """Pick a token at every node from logits `[b, n, v]`; return `None` if `accept_batch` is to pick on paths only."""
     texts = batch.decoded_texts
     if batch.is_plain_greedy(tree.node_count):
         return None if logits.device.type == "cpu" else Picks.read(tree, logits)
@@ -84,7 +84,7 @@ def read_picks(batch: Batch, tree: DraftTree, logits: Tensor) -> "Picks | None":
 def accept_batch(
     batch: Batch, tree: DraftTree, logits: Tensor, picks: "Picks | None", reached: list[list[int]] | None = None
 ) -> Acceptance:
-    """Append the target's tokens to every decoded row. `reached` is given to `accept` if all rows share one `Text`."""
+    """Append the target's tokens to every decoded row, with `picks` from `read_picks`; `reached` is for `accept`."""
     texts = batch.decoded_texts
     if picks is None and batch.is_plain_greedy(tree.node_count):
         picks = Picks(tree.children(), None, logits)
@@ -104,8 +104,8 @@ def accept_batch(
 def accept(tree: DraftTree, logits: Tensor, text: Text, reached: list[list[int]] | None = None) -> Acceptance:
     """Append tokens picked from logits `[b, n, v]` to `text`, until a token is not in the tree or the text ends.
 
-    All rows gain as many tokens as the unfinished row that accepts least. Before each pick, the current node of each
-    row is appended to `reached`, so that the caller knows the path if an error ends the walk.
+    All rows gain as many tokens as the unfinished row that accepts least. Before each pick, a list with the current
+    node of each row is appended to `reached`, so that the caller knows the paths if an error ends the walk.
     """
     children, rows, nodes = tree.children(), list(range(len(logits))), [0] * len(logits)
     path: list[list[int]] = [] if reached is None else reached
@@ -154,7 +154,7 @@ def accept_picks(picks: "Picks", texts: list[Text]) -> Acceptance:
 
 
 def _walk(picks: "Picks", texts: list[Text]) -> tuple[list[list[int]], list[list[int]]]:
-    """Return the accepted nodes of each row, root first, and the token picked after each node."""
+    """Follow each row's picks down its tree; return each row's nodes, root first, and the token picked after each."""
     paths: list[list[int]] = [[] for _ in texts]
     picked: list[list[int]] = [[] for _ in texts]
     going = dict.fromkeys(range(len(texts)), 0)  # row -> its current node
@@ -178,7 +178,7 @@ def _filled(rows: list[list[int]]) -> list[list[int]]:
 
 
 class Picks:
-    """The token that the target picks at each node of a tree."""
+    """The token that the target picks at each node of a tree: known for all nodes, or picked only where `at` asks."""
 
     def __init__(
         self,
@@ -190,16 +190,16 @@ class Picks:
         pick: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.children = children  # see `DraftTree.children`
-        self.tokens = tokens  # `rows` on the target's device, [b, n]; `None` on a CPU
+        self.tokens = tokens  # `rows` on the target's device, [b, n]; `None` if `at` picks
         self.processed = processed  # scores and random numbers; `None` if the tokens are the argmax of `logits`
         self.device = logits.device
-        self._rows = rows  # the token of each row at every node; `None` on a CPU, where `at` picks along the path only
+        self._rows = rows  # the token of each row at every node; `None` if `at` picks them when called
         self._logits = logits  # [b, n, v]
         self._pick = pick  # maps logits [r, v] of r nodes to tokens [r]; `None`: the argmax
 
     @classmethod
     def read(cls, tree: DraftTree, logits: Tensor, processed: "ProcessedPicks | None" = None) -> "Picks":
-        """Make `Picks` with the target's tokens (`processed.tokens` or the argmax), copied to the host at once."""
+        """Make `Picks` with the tokens of all nodes (`processed.tokens` or the argmax), in one copy to the host."""
         tokens = logits[:, : tree.node_count].argmax(-1) if processed is None else processed.tokens[None]
         if tree.node_count == 1:
             return cls([{} for _ in tokens], tokens.tolist(), logits, tokens, processed)
@@ -217,7 +217,7 @@ class Picks:
 
 @dataclass(frozen=True, slots=True)
 class ProcessedPicks:
-    """The tokens picked at all nodes of one row's tree, before the accepted path is known."""
+    """The tokens picked from processed scores at all nodes of one row's tree, before the accepted path is known."""
 
     tokens: Tensor  # [n]; -1 if the softmax of the scores is NaN
     logits: Tensor  # [n, v] fp32, raw
@@ -250,8 +250,7 @@ class Draws:
 
     `torch.multinomial` takes the token with the largest p / e, where e is drawn for every token from the exponential
     distribution of mean 1 (ATen, `multinomial` in native/Distributions.cpp, a single sample). As e does not depend on
-    p, the numbers of all levels can be drawn before the path is known. Only shape, dtype and device of `scores`
-    `[n, v]` are used.
+    p, the numbers of all levels can be drawn before the path is known. `scores` `[n, v]` give shape, dtype and device.
     """
 
     def __init__(self, count: int, scores: Tensor) -> None:
@@ -305,7 +304,7 @@ def _generator(device: torch.device) -> torch.Generator | None:
 
 
 def can_pick_at_once(device: torch.device, do_sample: bool, vocabulary: int) -> bool:
-    """Whether to pick tokens at all nodes at once: not on a CPU (no gain), nor if `Draws` differ from plain draws."""
+    """Whether to pick at all nodes at once: not on a CPU (no gain), nor if `Draws` and `torch.multinomial` differ."""
     return device.type != "cpu" and (not do_sample or draws_alike(device, vocabulary))
 
 

@@ -25,7 +25,7 @@ Phase = Literal["draft", "verify", "rest"]
 
 
 class StepClock:
-    """Measures how many seconds each phase of a step takes. Tests pass a fake clock as `now`."""
+    """Measures the seconds of each phase of a step: draft, verify and rest. Tests pass a fake clock as `now`."""
 
     def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
         self._now, self._last = now, 0.0
@@ -42,11 +42,11 @@ class StepClock:
 
 
 class TreeDecoding:
-    """Decodes one batch, which holds the prompts and gets the answers, with a drafter, a lookup and a policy.
+    """Decodes `batch`, which holds the prompts and gets the answers, with trees from a drafter, a lookup and a policy.
 
-    The verifier's `with` block must be open. `drafter` is `None` if only `lookup` drafts. A text has at most
-    `max_length` tokens. With `keeps_ended`, the cache of each row that ends before other rows is copied to `ended`.
-    `clock` returns seconds; tests pass a fake one.
+    Call `prefill`, then `step` until the batch is finished, inside the verifier's `with` block. `drafter` is `None` if
+    only `lookup` drafts. A text has at most `max_length` tokens. With `keeps_ended`, the cache of each row that ends
+    before other rows is copied to the attribute `ended`. `clock` returns seconds; tests pass a fake one.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class TreeDecoding:
         self._root = batch.newest if batch.length else batch.input_ids.new_zeros(len(batch))  # [b]
 
     def prefill(self, read: Callable[[Tensor], tuple[Tensor, list[Features]]]) -> None:
-        """Step 0: run the target over the prompt with `read` (see `Verifier.prefill`); append the first token."""
+        """Step 0: run the target over the prompt with `read`, like `Verifier.prefill`; append the first token."""
         self._clock.start()
         logits, features = read(self.batch.input_ids)
         proposal = Proposal.plain(self._root)
@@ -135,7 +135,7 @@ class TreeDecoding:
         self.report.compile_seconds += drafting + verifying
 
     def _read_picks(self, tree: DraftTree, logits: Tensor) -> Picks | None:
-        """Copy the target's tokens to the host, or wait for its logits, so that the clock counts its whole work."""
+        """Call `read_picks`, or wait until the logits are computed, so that the clock counts the whole forward."""
         picks = read_picks(self.batch, tree, logits)
         if picks is None:
             wait_for(logits)
@@ -150,13 +150,13 @@ class TreeDecoding:
         return acceptance
 
     def _keep_reached(self, reached: list[list[int]]) -> None:
-        """After an error in `accept`, keep the cache entries of the nodes that it reached, as plain decoding would."""
+        """After an error in `accept`, keep the cache entries of the nodes in `reached`, as plain decoding would."""
         if reached:
             paths = [list(path) for path in zip(*reached, strict=True)]
             self._verifier.keep(torch.tensor(paths, device=self._verifier.device), paths)
 
     def _keep(self, tree: DraftTree, logits: Tensor, acceptance: Acceptance, features: Features) -> None:
-        """Keep only the accepted nodes in the target's cache, and give their tokens and features to the drafters."""
+        """Keep only the accepted nodes in the target's cache; give their tokens and features to drafter and lookup."""
         path = acceptance.path
         if self._verifier.reads_paths:
             self._clock.lap("rest")
@@ -207,7 +207,7 @@ class TreeDecoding:
         return record
 
     def _drafted_match(self, pool: CandidatePool | None, acceptance: Acceptance) -> RowCounts:
-        """Count each row's accepted tokens that form a path in the pool; in lockstep, return only the lowest count."""
+        """Count each row's new tokens that are a path in the drafter's pool; for rows in lockstep only the minimum."""
         if pool is None or not self.policy.needs_drafted_match:
             return RowCounts([0])
         matches = iter(pool.drafted_match(acceptance.picks))

@@ -48,7 +48,7 @@ STATELESS = _READ_SCORES | _READ_TEXTS | _READ_TEXTS_ON_HOST
 
 
 def is_stateless(processor: object, names: frozenset[str] = STATELESS) -> bool:
-    """Whether this is one of Transformers' processors `names`, which computes each row independently of other rows."""
+    """Whether a processor is one of Transformers' `names`, whose result for a row does not depend on other rows."""
     processor_class = type(processor)
     is_stock = processor_class.__name__ in names and processor_class.__module__.startswith("transformers.generation.")
     # a repetition penalty may store a prompt length for each row

@@ -16,7 +16,7 @@ from ..tree import CandidatePool, DraftTree, Pricing, TreeShape
 
 
 class DecodedRows(Protocol):
-    """Protocol with the part of a `Batch` that a `Proposer` reads."""
+    """Protocol with those properties of a `Batch` that a `Proposer` reads; a replayed text implements it, too."""
 
     @property
     def in_lockstep(self) -> bool: ...
@@ -43,7 +43,7 @@ class Proposal:
         return 0 if self.pool is None else self.pool.tokens.shape[1]
 
     def proposed(self, paths: Sequence[Sequence[int]], gained: Sequence[bool]) -> Proposed:
-        """Count the accepted nodes of each source, in rows where `gained` is true; `paths` begin at the root."""
+        """Count the drafted nodes of `paths` (root first) by who proposed them, in rows where `gained` is true."""
         accepted = [(row, node) for row, path in enumerate(paths) if gained[row] for node in path[1:]]
         flags = self.tree.proposers
         if not flags:
@@ -57,14 +57,14 @@ class Proposal:
 
 
 class Proposer:
-    """Makes the tree of each step, as the policy decides; `drafter` is `None` if lookup alone drafts."""
+    """Makes each step's tree as the policy decides, from nodes of the drafter (`None` for no drafter) and lookup."""
 
     def __init__(self, policy: Policy, drafter: Drafter | None, rows: DecodedRows, lookup: LookupDrafter) -> None:
         self._policy, self._drafter, self._rows, self._lookup = policy, drafter, rows, lookup
         self._newest_features: Tensor | None = None  # [b, F]
 
     def update(self, scores: Tensor, num_matches: int, committed: Committed) -> None:
-        """Pass newly committed tokens to drafter and lookup; for arguments see `Drafter.update_candidate_strategy`."""
+        """Give newly committed tokens to drafter and lookup; arguments as in `Drafter.update_candidate_strategy`."""
         for drafter in (self._drafter, self._lookup):
             if drafter is not None:
                 text = self._text(drafter, committed.tokens[:, -1])
@@ -90,8 +90,8 @@ class Proposer:
     ) -> Proposal:
         """Draft the tree below the newest tokens `root` `[b]`, which are on the target's device.
 
-        All other arguments are as in `Observation`. Raises a `ValueError` if the policy returns an impossible shape or
-        number of nodes.
+        For the other arguments see the attributes of `Observation`. Raises a `ValueError` if the policy returns an
+        impossible shape or number of nodes.
         """
         is_ragged = pricing.packs_rows and not self._rows.in_lockstep
         observation = Observation(
@@ -129,7 +129,7 @@ class Proposer:
         return Proposal(shape, tree if tree.tokens.device == root.device else tree.below(root), pool, looked_up)
 
     def _tree(self, root: Tensor, pool: CandidatePool | None, total_tokens: int, *, is_ragged: bool) -> DraftTree:
-        """Make a tree of the pool's best nodes on the pool's device; without a pool, of only the root, on the host."""
+        """Make a tree of the pool's best nodes, at most `total_tokens`; without a pool, a root alone, on the host."""
         device = torch.device("cpu") if pool is None else pool.tokens.device
         # zeros replace a root on another device, until `below` sets it
         known = root if device == root.device else torch.zeros(root.shape, dtype=root.dtype, device=device)

@@ -41,7 +41,7 @@ class StopConditions:
 
 
 class Text:
-    """The text of each row, for one row or several rows that all gain the same number of tokens per step.
+    """Appends tokens to the text of one row, or of several rows that all gain the same number of tokens per step.
 
     `input_ids` `[b, s]` are the prompts. `commit` calls `logits_processor` once for each appended position, never for
     a rejected node. `pad_token` is appended to finished rows, if an end token is among the criteria. `keep_scores` and
@@ -102,7 +102,7 @@ class Text:
 
     @property
     def live(self) -> Tensor:
-        """Bool `[b]`: false for each decoded row that is finished, unless its padding must be decoded, too."""
+        """Bool `[b]` of the decoded rows: false if a row is finished, unless its padding must be decoded, too."""
         rows = self._of_decoded(self.unfinished)
         return rows.bool() if self._pads and not self._keep_padding else torch.ones_like(rows, dtype=torch.bool)
 
@@ -161,7 +161,7 @@ class Text:
         return free == conditions.length or self.length + count <= free
 
     def process(self, tree: DraftTree, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Return raw and processed scores `[n, v]` of one row's tree; logits `[1, n or more, v]` may have padding."""
+        """Return raw and processed scores `[n, v]` of one row's tree; of logits `[1, any, v]` the first n are used."""
         assert self._tree_processor is not None
         raw = logits[0, : tree.node_count].to(dtype=torch.float32, device=self._ids.device)
         read = self.input_ids if self._tree_processor.reads_texts else self._ids  # avoids joining an unread text
@@ -219,7 +219,7 @@ class Text:
 
 
 class Batch:
-    """All rows of a call: one `Text` in which all rows gain equally many tokens per step, or one `Text` per row."""
+    """All rows of a call: one `Text` for all (they gain equally many tokens per step, in lockstep), or one per row."""
 
     def __init__(self, texts: list[Text], *, drops_finished: bool) -> None:
         self._texts = texts
