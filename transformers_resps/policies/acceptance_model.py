@@ -44,7 +44,7 @@ class PlattScaling:
 
 
 class AcceptanceModel:
-    """Estimates a node's probability of acceptance; `scalings[0]` is for level 1, and deeper levels use the last."""
+    """Estimates from scores how likely nodes are accepted; `scalings[0]` is for level 1, deeper ones use the last."""
 
     def __init__(self, scalings: Sequence[PlattScaling] = (PlattScaling(),) * LEVELS) -> None:
         self.scalings = tuple(scalings)
@@ -70,7 +70,7 @@ class AcceptanceModel:
         return [min(factor * exp(score), 1.0) if score > MIN_SCORE else 0.0 for score in scores]
 
     def discounts(self, depth: int) -> list[float]:
-        """Return a number to add to the scores of each level; it never rises with depth, so parents rank first."""
+        """Return each level's learned factor as a log, to add to scores; it never rises with depth (parents first)."""
         return list(accumulate((math.log(max(self._factors.product(level + 1), 1e-9)) for level in range(depth)), min))
 
     def hit_rate(self, level: int) -> float:
@@ -82,7 +82,7 @@ class AcceptanceModel:
         return [self._hits.product(level) for level in range(1, depth + 1)]
 
     def children_of(self, probs: Sequence[float], level: int, width: int) -> list[float]:
-        """Estimate how likely the children of a level's nodes would be accepted, for at most three children per node.
+        """Estimate, from a level's probabilities `probs`, those of its nodes' children, at most three per node.
 
         In recordings of two heads 50 to 90% of the accepted children are first children; this share rises with the
         mean probability of their parents. Second children are 16% and third children 7.5% of the accepted children.
@@ -98,8 +98,8 @@ class AcceptanceModel:
     def learn(self, level_probs: Sequence[float], drafted_match: int, emitted: int) -> None:
         """Learn from a draft whose first `drafted_match` levels included the right path.
 
-        Levels deeper than the `emitted` tokens are ignored, because their right token is unknown. `level_probs` are
-        the sums of `probabilities` over each level, which estimate how likely the level was to include the right path.
+        Levels deeper than the `emitted` tokens of the step are ignored: their right token is unknown. `level_probs`
+        are the sums of `probabilities` over each level, the estimates that the level includes the right path.
         """
         self._drafts = self._drafts * _HIT_MEMORY + 1.0
         above = 1.0
@@ -115,7 +115,7 @@ class AcceptanceModel:
 
 
 class _Ratios:
-    """A ratio of two decaying sums per level; a new level starts as if `weight` outcomes had the ratio above it."""
+    """Keeps two decaying sums per level and their ratio; a new level begins with the ratio of the level above it."""
 
     def __init__(self, memory: float, weight: float, first: float) -> None:
         self._memory, self._weight = memory, weight
@@ -131,7 +131,7 @@ class _Ratios:
         return self._products[known] * self.at(level) ** (level - known)
 
     def add(self, level: int, part: float, whole: float) -> None:
-        """Add an outcome to a level; every smaller level must already have an outcome."""
+        """Add `part` and `whole` to a level's two sums; every smaller level must already have an outcome."""
         if level > len(self._sums):
             self._sums.append((self._weight * self.at(level), self._weight))
         parts, wholes = self._sums[level - 1]

@@ -35,7 +35,7 @@ class ActionGrid:
 
     @classmethod
     def paper(cls) -> "ActionGrid":
-        """Return the 177 actions of Re-SpS (arXiv 2601.12212), section 4.1.
+        """Return the 177 tree shapes of Re-SpS (arXiv 2601.12212), section 4.1.
 
         The paper's filter drops three of 180 (depth 3, top_k 8, 80 or more nodes), although a head could fill them.
         """
@@ -68,7 +68,7 @@ class ActionGrid:
         return ActionGrid(tuple(shape for shape in self.shapes if shape.depth <= levels))
 
     def affordable(self, seconds: Callable[[TreeShape], float]) -> "ActionGrid":
-        """Keep the shapes that are faster than plain steps if all drafts are accepted; `seconds` times a step."""
+        """Keep the shapes that beat plain steps if all drafts are accepted; `seconds` returns a shape's step time."""
         plain = seconds(TreeShape.plain())
         most_emitted = {shape: 1 + max(shape.depth * shape.asks_head, shape.lookup) for shape in self.shapes}
         kept = [shape for shape, most in most_emitted.items() if shape.is_plain or seconds(shape) < most * plain]

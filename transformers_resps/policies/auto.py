@@ -18,7 +18,7 @@ def default_policy() -> Policy:
 
 
 class PolicyCache:
-    """Keeps the policies of one target, one for each head and key; a policy is dropped when its head is deleted."""
+    """Keeps a target's policies between calls: one for each head and key. Deleting a head deletes its policies."""
 
     def __init__(self) -> None:
         self._policies: WeakKeyDictionary[Any, dict[Hashable, Policy]] = WeakKeyDictionary()
@@ -34,7 +34,7 @@ class PolicyCache:
     def borrow(
         self, head: object | None, key: Hashable, make: Callable[[], Policy] = default_policy
     ) -> Iterator[Policy]:
-        """Yield the policy kept for this head and key, or a new one if none is kept or another thread is using it."""
+        """Yield the policy kept for head and key; `make` another if none is kept or another thread is using it."""
         policies = self._policies.setdefault(self if head is None else head, {})
         policy = policies.pop(key, None) or make()
         try:

@@ -44,6 +44,7 @@ class Observation:
         can_draft: whether there is a head or another drafter, not only lookup.
         drafts_at_once: whether one pass drafts all levels. Then `grow` is not called; larger drafts take no longer.
         most_levels: maximum number of levels; `None` for no maximum.
+        row_count: number of rows that are still decoded.
         device_type: type of the target's device, such as "cpu".
         row_accept_probs: like `prefix_accept_probs`, for each row; `None` if all rows get equally many nodes.
         shared: a function for `size`; returns, for each row, the indices of drafted nodes that lookup also proposes.
@@ -67,11 +68,11 @@ class Observation:
 
     @property
     def node_price(self) -> int:
-        """How many more nodes a step pays for if each row gets one more: `row_count`, or 1 if rows are padded."""
+        """How many nodes a step computes more if every row gets one more: `row_count`, or 1 if rows are padded."""
         return self.row_count if self.pricing.packs_rows else 1
 
     def looked_up(self, most: int, least_prob: float) -> int:
-        """Return how many nodes lookup adds to a step: up to `most` per row, with probability `least_prob` or more."""
+        """Return how many nodes a step computes for lookup: up to `most` per row, from probability `least_prob` on."""
         if self.row_accept_probs is None:
             return most * self.node_price
         return sum(prob >= least_prob for row in self.row_accept_probs() for prob in row[:most])
@@ -107,7 +108,7 @@ class Policy(ABC):
             numbers never rise with depth; deeper levels use the last number. `size` gets the new scores.
         costs: the step costs that the policy learns, which `BaselineGuard` uses, too; `None` if it learns none.
         target_identity: the target that the policy was trained for, from `pair_identity`; `None` for any target.
-        head_identity: the head it was trained for, or `None`. Weights are hashed only if the policy has an identity.
+        head_identity: the same for the head. Weights are hashed only if the policy has one of these identities.
     """
 
     needs_head: bool = True
@@ -133,7 +134,7 @@ class Policy(ABC):
         return self.target_identity is not None or self.head_identity is not None
 
     def check_identity(self, *, target: Identity | None = None, head: Identity | None = None) -> None:
-        """Raise `ValueError` if the policy was trained for another target or head; `None` is not compared."""
+        """Raise `ValueError` if the policy was trained for another target or head; a value of `None` fits any."""
         check_same("target", self.target_identity, target)
         check_same("head", self.head_identity, head)
 
@@ -175,11 +176,11 @@ class Policy(ABC):
         return None
 
     def explain(self, steps: Sequence[StepRecord]) -> str | None:
-        """Return a sentence that says why most `steps` of a call were plain, or `None`. `steps[0]` is the prefill."""
+        """Say in a sentence why most `steps` of a call were plain, or return `None`; `steps[0]` is the prefill."""
         return None
 
     def adopt_costs(self, costs: RunningCosts) -> None:
-        """Replace the learned costs; `BaselineGuard` calls this after a large change of context or for a new batch."""
+        """Replace `self.costs`; `BaselineGuard` calls this after a large change of context or for a new batch."""
         self.costs = costs
 
 
@@ -199,7 +200,7 @@ for _forwarded in vars(Policy).keys() - vars(PolicyWrapper).keys():
 
 
 class Trials:
-    """Decides when to retry an option that does not pay: after `first` calls, then twice as many, up to `last`."""
+    """Decides when to retry an option that does not pay: after `first` refusals, then twice as many, up to `last`."""
 
     def __init__(self, first: int, last: int) -> None:
         self._first, self._last = first, last
@@ -218,7 +219,7 @@ class Trials:
 
 
 def choose_shape(policy: Policy, observation: Observation, proposable_tokens: int) -> TreeShape:
-    """Return a policy's shape, cut to the room left in the text; if no head can draft, with looked-up nodes only."""
+    """Return a policy's shape, cut to the room left in the text; only its lookup if `proposable_tokens` is 0."""
     shape = ask_shape(policy, observation).within(observation.room - 1)
     if proposable_tokens == 0:
         return TreeShape(1, 0, 1, shape.lookup)
@@ -243,7 +244,7 @@ def ask_shape(policy: Policy, observation: Observation) -> TreeShape:
 
 
 def wants_level(policy: Policy, level: Level) -> bool:
-    """Return whether a policy wants another level; raises `ValueError` if its answer is no truth value."""
+    """Return whether a policy wants another level; raise `ValueError` if `grow` returned no truth value."""
     answer = policy.grow(level)
     try:
         return bool(answer)
@@ -277,7 +278,7 @@ def check_identity_values(what: str, value: Any) -> None:
 
 
 def check_same(what: str, trained: Identity | None, used: Identity | None) -> None:
-    """Raise `ValueError` if a key has different values in `trained` and `used`; keys of only one are skipped."""
+    """Raise `ValueError` if two identities differ in a key that both have; `what` is "target" or "head"."""
     if trained is None or used is None:
         return
     # A model's path differs between machines and does not identify it

@@ -17,7 +17,7 @@ Range = tuple[float, float]  # first and third quartile of repeated measurements
 
 
 class CostModel(ABC):
-    """Estimates the seconds of each part of a step."""
+    """Estimates the seconds that a step takes: of its draft, of the target's forward, and of the rest (`overhead`)."""
 
     overhead: float  # seconds of a step outside the forwards of target and head: acceptance, caches, policy
 
@@ -105,7 +105,7 @@ class CostTable(CostModel):
         return RunningCosts(verify, second - first, self.overhead, 2 * first - second, widths)
 
     def check_here(self, here: Mapping[str, Any]) -> None:
-        """Raise `ValueError` if the table's identity differs from `here`, which `calibration.identity_of` returns."""
+        """Raise `ValueError` if `here`, the result of `calibration.identity_of`, differs from the table's identity."""
         known = self.identity
         odd = [f"{key} {known.get(key)!r} (here: {value!r})" for key, value in here.items() if known.get(key) != value]
         if odd:
@@ -270,7 +270,7 @@ class RunningCosts(CostModel):
     ) -> None:
         """Learn from one step of `rows` rows; a negative time, from a clock that was set back, is ignored.
 
-        `has_looked` is true if the step called lookup; `looks_up` is true if it verified only looked-up nodes.
+        `width` is the nodes per level. `has_looked`: the step called lookup; `looks_up`: only its nodes were verified.
         """
         rest = step_seconds - verify_seconds - draft_seconds
         if min(verify_seconds, draft_seconds) < 0.0 or rest < -_ROUNDING:
@@ -318,7 +318,7 @@ class RunningCosts(CostModel):
         self._curve = ()
 
     def uninterrupted(self, nodes: int, seconds: float) -> float:
-        """Limit the measured `seconds` of a forward over `nodes` nodes to `INTERRUPTED` times the known seconds."""
+        """Limit `seconds`, measured for a forward over `nodes` nodes, to `INTERRUPTED` times the learned seconds."""
         known = self._verify.get(nodes, 0.0)
         return min(seconds, INTERRUPTED * known) if known > 0.0 else seconds
 
@@ -379,7 +379,7 @@ class RunningCosts(CostModel):
         return self._draft.at(levels) * self._draft.of_width(width) if levels else 0.0
 
     def level_seconds(self, width: int) -> float:
-        """Return the seconds of one more level; until two depths were measured, half the mean seconds per level."""
+        """Return the seconds of a further level; until two depths were measured, half a level's mean seconds."""
         return self._draft.slope * self._draft.of_width(width) * (1.0 if self._draft.variance else _UNTRIED)
 
 
@@ -404,7 +404,7 @@ class _DraftPrice:
         return self.seconds + self.slope * (levels - self.levels)
 
     def of_width(self, width: int) -> float:
-        """Return the factor of a width; if it was never measured, the largest factor that is possible."""
+        """Return the factor of a width; if it was never measured, the largest possible: proportional to the width."""
         if width in self.widths or not self.widths:
             return self.widths.get(width, (0, 1.0))[1]
         narrower = [known for known in self.widths if known < width]
@@ -435,7 +435,7 @@ class _DraftPrice:
         self.slope = min(max(slope, 0.0), self.seconds / self.levels)
 
     def _learn_width(self, width: int, times: float) -> int:
-        """Learn a width's factor from a draft that took `times` the first width's time; return its draft count."""
+        """Learn a width's factor from a draft that took `times` the first width's time; return its count of drafts."""
         drafts, factor = self.widths.get(width, (0, self.of_width(width)))
         most = INTERRUPTED * factor if drafts else factor
         least = min(width / next(iter(self.widths)), 1.0) / INTERRUPTED

@@ -143,7 +143,7 @@ class BaselineGuard(PolicyWrapper, SavedPolicy):
         return counts if len(set(counts)) > 1 else counts[0]
 
     def _priced(self, counts: Sequence[int], most: int) -> int:
-        """Return the number of nodes that determines a step's cost, with at most `most` nodes of each row."""
+        """Return the number of nodes that sets a step's cost, if each row verifies its `counts`, at most `most`."""
         return 1 + sum(max(min(count, most) - 1, 0) for count in counts) * self._node_price // len(counts)
 
     def observe(self, record: StepRecord) -> None:
@@ -195,7 +195,7 @@ class BaselineGuard(PolicyWrapper, SavedPolicy):
         return f"Mostly plain: {', '.join(reasons)}."
 
     def _begin_call(self, context: int) -> None:
-        """Restore the costs from before the last batch's first row ended; raise a low budget to its starting value."""
+        """Restore the costs saved when a row of the last batch ended; raise a low budget to its starting value."""
         self._progress.begin_call()
         self._rows = 0
         if self._of_all_rows is not None:
@@ -206,7 +206,7 @@ class BaselineGuard(PolicyWrapper, SavedPolicy):
         self._budget.begin_call(self._plain.seconds)
 
     def _follow_rows(self, record: StepRecord) -> None:
-        """Save the costs when the first row ends; raise a low budget whenever half of the rows have ended."""
+        """Save the costs when the first row ends; `forgive` losses whenever half of the rows have ended."""
         if self._of_all_rows is None and record.decoded_rows < len(self._progress.written):
             self._of_all_rows = self._known.copy(), self._plain.seconds
         is_half = 2 * record.decoded_rows <= self._rows
@@ -264,7 +264,7 @@ class BaselineGuard(PolicyWrapper, SavedPolicy):
         return TreeShape(1 + -(-(nodes - 1) // price), depth, shape.top_k, lookup)
 
     def _verifying(self, nodes: int) -> float:
-        """Return the seconds that verifying `nodes` nodes adds to a plain step; before any tree, a cautious guess."""
+        """Return the seconds that verifying `nodes` nodes takes beyond a plain step; before any tree, a high guess."""
         if nodes <= 1:
             return 0.0
         unknown = 0.0 if self._known.knows_trees else UNKNOWN_TREE_STEPS * self._plain.seconds
@@ -304,7 +304,7 @@ class BaselineGuard(PolicyWrapper, SavedPolicy):
 
 @dataclass(frozen=True, slots=True)
 class StepLimits:
-    """The most seconds that one step may lose, if nothing is accepted, for each kind of step."""
+    """The most seconds that the next step may lose if nothing is accepted, depending on what the step does."""
 
     total: float  # for a draft of the head
     tree: float  # for a draft and its verification; below `total` if the policy learns from unverified drafts, too
@@ -312,7 +312,7 @@ class StepLimits:
 
 
 class ExplorationBudget:
-    """Bounds the time that exploration loses against plain decoding.
+    """Keeps the seconds that exploration may lose against plain decoding, and limits each step to them.
 
     If no step loses more than its `limits`, a call loses at most the sum of its starting budget (`START_STEPS`, or up
     to `MAX_CARRIED_STEPS` of earlier gains), `SHARE` of its seconds, and `TRIAL_STEPS`. With a confident policy it may
@@ -328,7 +328,7 @@ class ExplorationBudget:
         self.seconds = min(self.seconds, MAX_CARRIED_STEPS * plain_seconds)
 
     def limits(self, room: int, plain_seconds: float, *, is_confident: bool, probes_head: bool) -> StepLimits:
-        """Compute the next step's limits; with `probes_head` the trial allowance is for drafting only."""
+        """Compute the next step's limits: the budget, plus an allowance that with `probes_head` is for drafts only."""
         trial = min(TRIAL_STEPS, TRIAL_STEPS_PER_TOKEN * room) * plain_seconds
         confident = min(CONFIDENT_STEPS, CONFIDENT_STEPS_PER_TOKEN * room) * plain_seconds
         lookup = self.seconds + confident  # lookup gathers evidence in plain steps, too
@@ -340,25 +340,24 @@ class ExplorationBudget:
         self.seconds = min(self.seconds + SHARE * step_seconds, MAX_EARNED_STEPS * plain_seconds)
 
     def forgive(self, plain_seconds: float) -> None:
-        """Raise the budget to at least its starting value, because the cause of past losses is gone."""
+        """Raise the budget to at least its starting value; called when what caused past losses is gone."""
         self.seconds = max(self.seconds, START_STEPS * plain_seconds)
 
     def excuse(self, lost_seconds: float) -> None:
-        """Add `lost_seconds` to a negative budget, up to 0: plain steps would have lost them, too."""
+        """Add `lost_seconds`, which plain steps would have lost, too, to a negative budget, up to 0."""
         if self.seconds < 0.0:
             self.seconds = min(self.seconds + max(lost_seconds, 0.0), 0.0)
 
     def reprice(self, plain_seconds: float) -> None:
-        """Limit the budget when plain steps have become faster, because its gains were computed from the old time."""
+        """Lower the budget to a limit: plain steps have become faster, so that its gains were overestimated."""
         self.seconds = min(self.seconds, MAX_REPRICED_STEPS * plain_seconds)
 
 
 class HeadAccount:
-    """Decides, from earlier calls of as many rows, whether a head saves more time than its pass over the prompt takes.
+    """Decides, from earlier calls with equally many rows, whether a head saves more time than it takes for the prompt.
 
     A head that saves less is skipped for one call, then for exponentially more calls after each failed retry. The
-    estimate assumes that texts reach their maximum length. Few do, but skipping a useful head costs far more than
-    its pass over a prompt.
+    estimate assumes that texts reach their maximum length. Few do, but skipping a useful head costs far more.
     """
 
     def __init__(self) -> None:
@@ -371,14 +370,14 @@ class HeadAccount:
         self._token_seconds = 0.0  # estimated seconds that the head needs for a prompt token
 
     def pays(self, rows: int, tokens: int, room: int) -> bool:
-        """Decide whether the head should process the prompts of the coming call, see `Policy.wants_head`."""
+        """Decide whether the head should read the prompts of the coming call; arguments as in `Policy.wants_head`."""
         self._close()
         self._next, self._next_tokens = self._calls.setdefault(rows, _HeadCalls()), tokens
         self._is_refused = not self._next.is_tried(room, self._token_seconds * tokens)
         return not self._is_refused
 
     def begin_call(self, prompt_seconds: float | None) -> None:
-        """Begin a call and learn how long the head took for its prompts; `None` if there is no head."""
+        """Begin a call; learn the seconds that the head took for its prompts (`None` if the call has no head)."""
         self._close()
         self.is_left_out, self._is_refused = self._is_refused and prompt_seconds is None, False
         if prompt_seconds is None:
@@ -396,7 +395,7 @@ class HeadAccount:
 
 @dataclass(slots=True)
 class _HeadCalls:
-    """Decaying sums of the seconds saved by the head and of the tokens, over calls with the same number of rows."""
+    """Decaying sums over earlier calls with one number of rows: seconds that the head saved, and tokens gained."""
 
     earned: float = 0.0  # seconds
     tokens: float = 0.0
@@ -413,7 +412,7 @@ class _HeadCalls:
 
 
 class PlainClock:
-    """Keeps the measured `seconds` of a plain step (0 before the first) and decides when to measure again."""
+    """Learns the `seconds` of a plain step (0 before the first), and decides when to make one to time it again."""
 
     def __init__(self, seconds: float = 0.0) -> None:
         self.seconds = seconds
@@ -444,7 +443,7 @@ class PlainClock:
     def time(self, seconds: float, budget: ExplorationBudget) -> float:
         """Learn from the `seconds`, drafting excluded, of a step that verified only the root; correct the `budget`.
 
-        Returns by which factor the costs of all steps have changed: 1 unless the context is far longer or shorter.
+        Returns a factor for the costs of all steps: 1 unless the context is far from that of the last timing.
         """
         self._timed_at = self.context
         gained, self._gained = self._gained, 0.0
@@ -476,7 +475,7 @@ class RowProgress:
         self.written = []
 
     def add(self, record: StepRecord) -> float:
-        """Add a step and return by how many tokens it advanced the unfinished rows."""
+        """Add a step's tokens, and return by how many tokens the unfinished rows advanced."""
         if len(self.written) != len(record.emitted):
             self.written = [0] * len(record.emitted)
         writing = [row for row, count in enumerate(record.emitted) if count]
@@ -486,6 +485,6 @@ class RowProgress:
         return self._of(writing) - before
 
     def _of(self, rows: list[int]) -> float:
-        """Return the progress of `rows`: the slowest's tokens plus `LAG_TOKENS`, but at most the mean over rows."""
+        """Return the progress of `rows`: the tokens of the slowest plus `LAG_TOKENS`, but at most the mean tokens."""
         written = [self.written[row] for row in rows]
         return min(min(written) + LAG_TOKENS, sum(written) / len(written)) if written else 0.0

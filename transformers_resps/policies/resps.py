@@ -183,7 +183,7 @@ class ReSpSPolicy(SavedPolicy):
     def check_identity(
         self, *, target: Identity | None = None, head: Identity | None = None, grid: ActionGrid | None = None
     ) -> None:
-        """Raise `ValueError` if the policy was trained for another target, head or grid; `None` is not compared."""
+        """Raise `ValueError` if the policy was trained for another target, head or grid; `None` fits any."""
         super().check_identity(target=target, head=head)
         if grid is not None and grid != self.config.grid:
             missing = [shape for shape in self.config.grid.shapes if shape not in grid.shapes]
@@ -211,7 +211,7 @@ class ReSpSPolicy(SavedPolicy):
 
 
 def _fresh(config: ReSpSConfig, device: str | None = None) -> ActorCritic:
-    """Make a network; on the device "meta" its weights take no memory, because sizes in a saved config may be huge."""
+    """Make a network; "meta" as `device` allocates no weights, because sizes in a saved config may be huge."""
     with torch.device(device or torch.get_default_device()):
         sizes = config.feature_size, len(config.grid)
         return ActorCritic(*sizes, hidden_size=config.hidden_size, normalize=config.normalize)

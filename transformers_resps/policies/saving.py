@@ -21,7 +21,7 @@ WEIGHTS_FILE = "model.safetensors"
 
 
 class SavedPolicy(Policy):
-    """A policy that can be saved.
+    """A policy with `save_pretrained`, `from_pretrained` and `push_to_hub`.
 
     A subclass sets `policy_type` and implements `to_config` and `from_saved`; with weights also `state_tensors`.
     """
@@ -67,8 +67,8 @@ class SavedPolicy(Policy):
     def push_to_hub(self, repo_id: str, *, commit_message: str | None = None, **where: Any) -> str:
         """Upload the policy to the Hub in one commit and return the commit's URL.
 
-        A repository without a model card gets a minimal one. `where` has `private`, `token`, `revision` and
-        `create_pr`, see `Destination`. Raises the errors of `upload`.
+        A repository without a model card gets a minimal one. `where` has fields of `Destination`: `private`, `token`,
+        `revision` and `create_pr`. Raises the errors of `upload`, such as an `OSError` if the Hub refuses.
         """
         message = commit_message or f"Upload {type(self).__name__}"
         return push_saved(self.save_pretrained, self.plain_card(repo_id), Destination(repo_id, **where), message)

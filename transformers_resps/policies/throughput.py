@@ -147,7 +147,7 @@ class ThroughputPolicy(SavedPolicy):
         return self._widths.choose(width) if paths_cost else width
 
     def _look_up(self, observation: Observation) -> int:
-        """Choose how many looked-up nodes each row verifies; return the largest of these numbers."""
+        """Call lookup and choose which of its nodes to verify; return the largest number of these nodes per row."""
         step = self._step
         self.least_lookup_prob = 0.0
         step.has_looked = self._memory.looks_up(step.rate * self.costs.look_seconds)
@@ -172,14 +172,14 @@ class ThroughputPolicy(SavedPolicy):
         return max(map(len, chains))
 
     def _best_prefix(self, worth: Sequence[float], *, from_root: bool = False) -> tuple[int, float]:
-        """Call `best_prefix` for nodes that are added to the looked-up nodes or, if `from_root`, to the root alone."""
+        """Call `best_prefix` for nodes added to the tree of looked-up nodes or, if `from_root`, to the root alone."""
         step = self._step
         most = 1 + (self._largest.total_tokens - 1 + _MAX_LOOKED_UP) * step.row_price
         seconds = self.costs.verify_curve(most)[0 if from_root else step.lookup : most : step.price]
         return best_prefix(seconds, worth, step.rate)
 
     def _best_of_both(self, worth: Sequence[float]) -> tuple[int, float, int]:
-        """Choose how many drafted and how many looked-up nodes to verify; they compete by expected tokens.
+        """Choose how many drafted nodes, of expected tokens `worth`, and how many looked-up nodes to verify.
 
         Returns the number of drafted nodes, their gain on top of looked-up nodes, and the number of looked-up nodes.
         """
@@ -289,7 +289,7 @@ class ThroughputPolicy(SavedPolicy):
             self._wider.note(step.wider_gain - step.rate * (wider - narrower))
 
     def _learn(self, record: StepRecord, level_probs: list[list[float]]) -> None:
-        """Learn from each row's outcome if the record has one for each row, else from the one outcome of all rows."""
+        """Learn from each row's outcome; if the record has one outcome for all rows, learn from this one."""
         matches, emitted = record.drafted_match, record.emitted
         if len(matches) == 1:
             outcomes = [(matches[0], min(filter(None, emitted), default=0))]
@@ -331,7 +331,7 @@ def _read_acceptance(saved: Tensor | None) -> AcceptanceModel:
 
 @dataclass(slots=True)
 class _Step:
-    """State of one step. Outer lists have one entry per row of a ragged batch, else a single entry for all rows."""
+    """The policy's state during a step. Outer lists have an entry per row of a ragged batch, else a single entry."""
 
     row_weights: Sequence[float] = ()  # see `Observation`
     paths_cost: bool = False  # see `Pricing`
@@ -372,7 +372,7 @@ class _Step:
 
     @property
     def price(self) -> int:
-        """Number of nodes by which the step's cost grows for each node that is added."""
+        """Number of nodes that the step computes more for each node taken from a list of candidates."""
         return 1 if self.is_ragged else self.row_price
 
     def discount(self, level: int) -> float:
@@ -383,7 +383,7 @@ class _Step:
         return min(levels, 1) if self.drafts_at_once else levels
 
     def left_at(self, level: int) -> list[float]:
-        """Return `factors` times P(lookup is wrong at this level); where lookup is right, the head gains nothing."""
+        """Return the tokens that a right node of this level adds: `factors` times P(lookup is wrong at the level)."""
         if not self.chains:
             return self.factors
         hits = [chain[level - 1] if level <= len(chain) else 0.0 for chain in self.chains]
@@ -394,11 +394,11 @@ class _Step:
         return rows if self.is_ragged else [self.mean(rows)]
 
     def worth(self, rows: list[list[float]], factors: list[float]) -> list[tuple[float, int]]:
-        """Return each node's expected tokens, its probability in `rows` times the row's factor, and its row."""
+        """Return (expected tokens, row) of each node: its probability in `rows` times its row's entry in `factors`."""
         return [(factor * prob, row) for row, factor in enumerate(factors) for prob in rows[row]]
 
     def mean(self, rows: list[list[float]]) -> list[float]:
-        """Average the first probabilities of all rows, the second probabilities and so on, by `row_weights`."""
+        """Average the rows' lists entry by entry, weighted by `row_weights`; missing entries count as 0."""
         if len(rows) == 1:
             return rows[0]
         weights = self.row_weights or [1.0] * len(rows)
@@ -406,10 +406,10 @@ class _Step:
 
 
 def best_prefix(seconds: Sequence[float], worth: Sequence[float], rate: float) -> tuple[int, float]:
-    """Choose how many of a list's first nodes to add to a tree; return their number and their gain in tokens.
+    """Choose how many of a list's first nodes to add to a tree; return their number and their net gain in tokens.
 
-    `seconds` are the times to verify the tree with 0, 1, 2, ... more nodes, `worth` the expected tokens of each node,
-    and `rate` the price of a second in tokens.
+    `seconds` are the times to verify the tree with 0, 1, 2, ... of the nodes, `worth` the expected tokens of each
+    node, and `rate` the price of a second in tokens.
     """
     gain, best_gain, best = rate * seconds[0], 0.0, 0
     for count, (value, total) in enumerate(zip(worth, seconds[1:], strict=False), start=1):
@@ -420,10 +420,10 @@ def best_prefix(seconds: Sequence[float], worth: Sequence[float], rate: float) -
 
 
 def narrowed(scores: Tensor, bounds: Sequence[int], width: int, narrower: int) -> tuple[Tensor, list[int]] | None:
-    """Reduce the scores of a draft to the scores that a draft with `narrower` children per node would have.
+    """Select from the scores of a draft with `width` children per node those of a draft with `narrower` children.
 
-    Returns these scores and the bounds of their levels, or `None` if several sources proposed the nodes. In each level
-    the first nodes must be those with children, best first.
+    Returns these scores and the bounds of their levels, or `None` if nodes are not all the drafter's own. `bounds` are
+    the ends of the levels, from 0. In each level the first nodes must be those with children, best first.
     """
     parts, ends = [], [0]
     for level, (start, stop) in enumerate(pairwise(bounds)):
@@ -436,7 +436,7 @@ def narrowed(scores: Tensor, bounds: Sequence[int], width: int, narrower: int) -
 
 
 class ThroughputMemory:
-    """Keeps the mean tokens per second and the mean gains of head and lookup; decides when to use or retry each."""
+    """Keeps means over past steps (tokens per second, gains of head and lookup); decides when to use or retry each."""
 
     def __init__(self) -> None:
         self.head_was_right = True  # whether, in most rows, the last draft included the next token
@@ -456,7 +456,7 @@ class ThroughputMemory:
         return min(max(rate, 1.0 / plain_seconds), _MAX_RATE / plain_seconds) if plain_seconds > 0 else rate
 
     def note_draft(self, gain: float, price: float, lookup_hit: float) -> None:
-        """Update the mean gain and price of drafts from estimates, in tokens.
+        """Update the means from a draft's estimated gain and price, in tokens; lookup was right with P `lookup_hit`.
 
         Estimated gains vary less than actual ones; `AcceptanceModel` learns from the actual outcomes.
         """
@@ -470,16 +470,16 @@ class ThroughputMemory:
         return (pays or lookup_hit < _LIKELY) and self._probes.is_due(pays=pays)
 
     def looks_up(self, price: float) -> bool:
-        """Return whether to call lookup: if it gains more than `price` tokens on average, or if a trial is due."""
+        """Return whether to call lookup: if its mean gain covers its cost, `price` tokens, or if a trial is due."""
         return self._looks.is_due(pays=self._look_gain >= price)
 
     def note_look(self, gain: float) -> None:
-        """Update the mean net gain of lookups from the newest gain, in tokens."""
+        """Update the mean net gain of lookups with the newest lookup's `gain`, in tokens."""
         self._look_gain += _NEWEST_LOOK * (gain - self._look_gain)
 
 
 def doubled(width: int, most: int) -> tuple[int, ...]:
-    """Return `width`, twice `width` and so on; the last is `most`, unless `width` is larger."""
+    """Return `width`, twice `width`, four times `width`, ...; the last is `most`, unless `width` is larger."""
     return (width, *doubled(min(2 * width, most), most)) if width < most else (width,)
 
 
@@ -511,10 +511,10 @@ class WiderDrafts:
 
 
 class WidthMemory:
-    """Picks the children per node in the exact mode (`invariant`): 1 at first, then the fastest number.
+    """Picks the children per node in the exact mode (`invariant`) by measuring: 1 at first, then the fastest number.
 
-    Only measuring can decide: without compiled kernels one more leaf costs as much as all nodes of its path; with
-    such kernels it costs next to nothing. So the next wider or narrower width is tried, less often after each failure.
+    Nothing else can decide: without compiled kernels one more leaf costs as much as all nodes of its path; with such
+    kernels next to nothing. So the next wider or narrower width is tried, less often after each failure.
     """
 
     def __init__(self, most: int) -> None:
@@ -529,7 +529,7 @@ class WidthMemory:
         return self._widths[self._chosen]
 
     def add(self, tokens: float, seconds: float) -> None:
-        """Learn from the expected tokens and the seconds of a step with the chosen width."""
+        """Learn from the expected tokens and the seconds of the step that used the chosen width."""
         index = self._chosen
         self._tokens[index] = self._tokens[index] * _MEMORY + tokens
         self._seconds[index] = self._seconds[index] * _MEMORY + seconds
