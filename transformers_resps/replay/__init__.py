@@ -1,4 +1,4 @@
-"""Records texts with a head's drafts, and simulates any policy on them. Models run only during recording."""
+"""Records texts with a head's drafts, and simulates policies on the recordings. Models run only during recording."""
 
 from .fitted_policy import fitted_policy
 from .outcomes import HeldOutcomes, OutcomeTable, TextOutcomes

@@ -20,7 +20,7 @@ def fitted_policy(texts: Sequence[RecordedText], top_k: int = 4, **settings: Any
     """Make a `ThroughputPolicy` that starts with acceptance probabilities fitted to recorded texts.
 
     `settings` are other arguments of the policy: sizes, and `target` and `head` from `pair_identity`. Raises
-    `ValueError` if the texts are not recordings with pools of `top_k`.
+    `ValueError` if the texts are not recordings, or have no drafts for this `top_k`.
     """
     odd = [type(text).__name__ for text in texts if not isinstance(text, RecordedText)]
     if not texts or odd:
@@ -38,7 +38,7 @@ def fitted_policy(texts: Sequence[RecordedText], top_k: int = 4, **settings: Any
 
 
 def fit_platt_scaling(scores: Tensor, accepted: Tensor) -> PlattScaling:
-    """Fit a scaling to n paths, given their log probabilities under the head and whether they were accepted.
+    """Fit a scaling to n paths: `scores` `[n]` are their log probabilities under the head, `accepted` `[n]` is bool.
 
     Newton's method maximises the likelihood, with a weak prior; without paths the result is the identity.
     """
@@ -55,7 +55,7 @@ def fit_platt_scaling(scores: Tensor, accepted: Tensor) -> PlattScaling:
 
 
 def _outcomes(text: RecordedText, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return level, score and acceptance, `[n]` each, of the n nodes for which the text shows if they are right."""
+    """Return n nodes' levels, scores and whether they are right, `[n]` each: all nodes for which the text shows it."""
     if top_k not in text.pools:
         raise ValueError(
             f"The text was recorded with pools of top_k {sorted(text.pools)}, but {top_k} is to be fitted. Record it "

@@ -1,4 +1,4 @@
-"""Tables of the tokens and seconds of every shape at every position of recorded texts; the fastest shape sequence.
+"""Tables of a step's tokens and seconds, for each tree shape and text position; and the fastest sequence of shapes.
 
 Tensor shapes: t positions of a text, p positions of all texts, n decisions, a actions, F width of the features.
 """
@@ -15,7 +15,7 @@ from ..policies.action_grid import ActionGrid
 
 @dataclass(frozen=True, slots=True)
 class TextOutcomes:
-    """Results of a step with each action (tree shape) at each text position. Seconds must be positive."""
+    """Tokens and seconds of a step with each action (tree shape) at each text position. Seconds must be positive."""
 
     features: Tensor  # [t, F] input of a policy before the step at each position
     emitted: Tensor  # [t, a] tokens of the step, at least 1 and at most the rest of the text
@@ -32,7 +32,7 @@ class TextOutcomes:
 
 @dataclass(frozen=True, slots=True)
 class HeldOutcomes:
-    """Results of keeping an action (tree shape) for some steps or to the text's end: `[n]`, or `[n, a]` for all."""
+    """The outcomes of keeping an action (tree shape) for some steps: `[n]` for one action each, `[n, a]` for all."""
 
     emitted: Tensor  # tokens of all these steps
     seconds: Tensor  # seconds of all these steps
@@ -42,12 +42,12 @@ class HeldOutcomes:
         return HeldOutcomes(self.emitted[positions], self.seconds[positions], self.mean_rates[positions])
 
     def of_actions(self, actions: Tensor) -> "HeldOutcomes":
-        """Select, from outcomes `[n, a]`, the outcomes `[n]` of the action that `actions` `[n]` names in each row."""
+        """Select, from outcomes `[n, a]` of all actions, the outcomes `[n]` of the chosen `actions` `[n]`."""
         return self.at((torch.arange(len(actions)), actions))
 
 
 class OutcomeTable:
-    """Concatenated outcomes of many recorded texts, to train and compare policies.
+    """The outcomes of all positions of many recorded texts, one after another, to train and compare policies.
 
     The least time, with the best action (tree shape) at every step, is found by dynamic programming: a step at
     position t with action a ends at t + emitted[t, a], so the least time from t to the text's end is the minimum over
@@ -80,7 +80,7 @@ class OutcomeTable:
         return self.emitted.shape[1]
 
     def held(self, persistence: int) -> HeldOutcomes:
-        """Compute the outcomes `[p, a]` of keeping each action (tree shape) for `persistence` steps, by position."""
+        """Compute the outcomes `[p, a]` of keeping each action for `persistence` steps, or to the text's end."""
         if persistence in self._held:
             return self._held[persistence]
         positions = torch.arange(len(self.features))[:, None].expand_as(self.emitted).clone()

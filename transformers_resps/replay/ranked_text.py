@@ -91,13 +91,13 @@ class RankedText:
         return self._left - 1 + self.spare_room
 
     def _kept(self, ranks: Tensor, shape: TreeShape) -> Tensor:
-        """Return whether the head's tree of `shape` contains each node, `[t, m]`, given the nodes' ranks."""
+        """Return whether the head's tree of `shape` contains each of m nodes, `[t, m]`, given the nodes' ranks."""
         depth = self._room.clamp(max=shape.depth)  # [t]
         rows = ranks[torch.arange(len(self)), self.top_ks.index(shape.top_k), (depth - 1).clamp(min=0)]
         return (rows < shape.total_tokens - 1) & (depth > 0)[:, None]
 
     def outcomes(self, grid: ActionGrid, costs: CostModel) -> TextOutcomes:
-        """Compute tokens and seconds of every shape of `grid`; looked-up nodes that the head proposes cost 0."""
+        """Compute tokens and seconds of every shape at every position; nodes of both head and lookup cost once."""
         emitted = torch.stack([self.emitted(shape) for shape in grid.shapes], dim=1)
         taken = torch.stack([self._seconds(shape, costs) for shape in grid.shapes], dim=1)
         return TextOutcomes(self.features, emitted, taken, grid)
@@ -127,16 +127,16 @@ class RankedText:
 
 
 def depths_of(grid: ActionGrid) -> dict[int, int]:
-    """Return the argument `depths` of `record_pools` for a grid: each `top_k` of its shapes -> the greatest depth."""
+    """Return the argument `depths` of `record_pools` for a grid: every `top_k` of its shapes -> its greatest depth."""
     asking = [shape for shape in grid.shapes if shape.asks_head]
     depth = max((shape.depth for shape in asking), default=0)
     return {top_k: depth for top_k in sorted({shape.top_k for shape in asking})}
 
 
 def node_ranks(pool: CandidatePool, tokens: Tensor, parents: Tensor) -> Tensor:
-    """Return the rank of each node among the nodes of the pool's first 1, 2, ... D levels: `[r, D, m]` for r roots.
+    """Return each node's rank by score in the pool's first 1, 2, ... D levels: `[r, D, m]` for r roots.
 
-    `tokens` and `parents` `[r, m]` give m nodes of each root; token -1 means no node. Ranks are as in `RankedText`.
+    `tokens` and `parents` `[r, m]` are m nodes of each root; token -1 means no node. A missing node ranks last.
     """
     scores, levels = pool.scores, pool.levels
     order, depth = torch.arange(len(levels)), int(levels[-1])

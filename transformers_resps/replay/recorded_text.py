@@ -49,7 +49,7 @@ class RecordedText:
 
     @classmethod
     def from_recording(cls, text: "RecordedText") -> "RecordedText":
-        """Return `text` itself; the counterpart of `RankedText.from_recording`."""
+        """Return `text` itself, as recorders call `from_recording` of this class or of `RankedText`."""
         return text
 
     @property
@@ -57,7 +57,7 @@ class RecordedText:
         return max(int(pool.levels[-1]) for pool in self.pools.values())
 
     def upcoming(self, count: int) -> Tensor:
-        """Return the `count` next tokens `[t, count]` after the root of each position; -1 after the text's end."""
+        """Return the `count` tokens `[t, count]` after each position's newest token; -1 after the text's end."""
         padded = torch.nn.functional.pad(self.input_ids, (0, count), value=-1)
         return padded.unfold(0, count, 1)[self.prompt_length + 1 :][: len(self)]
 
@@ -130,7 +130,7 @@ def record_pools(
 def _drafted(
     drafter: Drafter, features: Tensor, tokens: Tensor, start: int, shapes: Sequence[TreeShape]
 ) -> dict[int, CandidatePool]:
-    """Draft each of `shapes` after every prefix of the text of at least `start` tokens; return `top_k` -> drafts."""
+    """Draft `shapes` after every prefix of the text of at least `start` tokens; return a dict of drafts by `top_k`."""
     pools: dict[int, list[CandidatePool]] = {shape.top_k: [] for shape in shapes}
     known = 0
     for length in range(start, tokens.shape[1]):
@@ -142,17 +142,17 @@ def _drafted(
 
 
 def _joined(parts: Sequence[CandidatePool]) -> CandidatePool:
-    """Concatenate the pools of several positions on the CPU."""
+    """Concatenate pools of successive positions to one pool on the CPU."""
     rows = zip(*((part.tokens, part.parents, part.scores) for part in parts), strict=True)
     tokens, parents, scores = (torch.cat([part.cpu() for part in row]) for row in rows)
     return CandidatePool(tokens, parents, scores, parts[0].levels.cpu())
 
 
 class PositionPools:
-    """Drafts from many positions of a text in one pass; a mask limits each node to its prefix and its ancestors.
+    """Drafts from many positions of a text in one pass of a head; a mask shows each node its prefix and its ancestors.
 
-    A head's draft depends only on the prefix, because the head's cache contains only the target's features. `features`
-    `[1, s, F]` has the features at each position of the text, `tokens` `[1, s]` the token after each position.
+    A head's draft depends only on the prefix, since its cache has only the target's features. `features` `[1, s, F]`
+    has the features at each position of the text, `tokens` `[1, s]` the token after each position.
     """
 
     def __init__(self, model: StepModel, features: Tensor, tokens: Tensor) -> None:
@@ -185,7 +185,7 @@ class PositionPools:
             yield part, grow_pool(first, depth, partial(self._run, part))
 
     def _run(self, prefixes: Tensor, frontier: Frontier, drafted: int, is_last: bool) -> Growth:
-        """Run the head over one level of all roots in one pass; their nodes lie one after another in one batch row."""
+        """Run the head over one level of all roots in one pass: one batch row has the nodes of all roots in turn."""
         roots, width = frontier.tokens.shape
         slots = torch.arange(self._length, device=prefixes.device)
         prefix = (slots < prefixes[:, None]) & (slots >= self._oldest[prefixes])

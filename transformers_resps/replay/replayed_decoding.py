@@ -23,7 +23,7 @@ from .recorded_text import RecordedText
 
 @dataclass(frozen=True, slots=True)
 class ReplayedStep:
-    """One step of a recorded text that is decoded again."""
+    """One step of decoding a recorded text again."""
 
     root: int  # index of the newest token before the step
     proposal: Proposal  # the tree to verify
@@ -39,8 +39,8 @@ def replay_policy(
 ) -> SpeculationReport:
     """Simulate `policy` on a recorded text; return the report that `generate` would, without a prefill.
 
-    The report's seconds come from `costs`, and its `drafted` counts no looked-up nodes. `memories` (of other
-    texts, for lookup) are not changed. Raises `ValueError` if the policy chooses a shape that was not recorded.
+    The report's seconds come from `costs`, and its `drafted` counts no looked-up nodes. Lookup also reads `memories`
+    of other texts, which are not changed. Raises `ValueError` if the policy chooses a shape that was not recorded.
     """
     report = SpeculationReport()
     for step in decode_again(text, policy, RecordedDrafter(text), memories):
@@ -74,7 +74,7 @@ def _record(text: RecordedText, step: ReplayedStep, costs: CostModel) -> StepRec
 def decode_again(
     text: RecordedText, policy: Policy, drafter: Drafter, memories: Sequence[SuffixMemory] = ()
 ) -> Iterator[ReplayedStep]:
-    """Decode a text from its output's second token to its end and yield each step.
+    """Decode a text from its output's second token to its end, and yield each step before the next is drafted.
 
     The caller may call `policy.observe` after each step. The head's drafts come from `drafter`, not from `text.pools`;
     `drafter` must have observed the prompt except its last position.
@@ -104,7 +104,7 @@ class _OneRow(NamedTuple):
 
 
 class RecordedDrafter(Drafter):
-    """A drafter that returns the recorded drafts of one text."""
+    """A drafter that returns the drafts in `text.pools` instead of running a head."""
 
     def __init__(self, text: RecordedText) -> None:
         self._text, self._place = text, -1
@@ -120,7 +120,7 @@ class RecordedDrafter(Drafter):
         raise NotImplementedError("A recorded text has one row.")
 
     def draft(self, input_ids: Tensor, request: DraftRequest) -> CandidatePool:
-        """Return the recorded draft, cut where the policy stops; raises `ValueError` if the shape was not recorded."""
+        """Return the recorded draft, cut where the policy stops; raise `ValueError` if its shape was not recorded."""
         shape, goes_on = request.shape, request.goes_on
         top_k = min(shape.top_k, shape.total_tokens - 1)
         pool, most = self._text.pools.get(top_k), self._text.block_nodes

@@ -17,7 +17,7 @@ _PICTURES |= {code: "\ufffd" for code in range(0x80, 0xA0)}
 
 
 def print_steps(report: SpeculationReport, texts: Sequence[Sequence[str]], console: Console | None) -> None:
-    """Print text, table and summary; `texts` holds each step's accepted tokens as strings, then its bonus token."""
+    """Print text, table and summary; `texts` has each step's accepted tokens as strings, then its bonus token."""
     console = console or Console()
     console.print(_text(texts))
     console.print(Text("\nEvery step: nodes verified, milliseconds, tokens added"), soft_wrap=True)
@@ -34,7 +34,7 @@ def _text(texts: Sequence[Sequence[str]]) -> Text:
 
 
 def _table(report: SpeculationReport, texts: Sequence[Sequence[str]]) -> Table:
-    """Make a table with separate columns for accepted and bonus tokens, so that it is clear without colour."""
+    """Make a table of all steps; separate columns tell accepted tokens from bonus tokens without colour."""
     table = Table(box=SIMPLE, padding=(0, 1, 0, 0))
     for name in ("step", "shape", "nodes", "draft", "verify", "rest"):
         table.add_column(name, justify="left" if name == "shape" else "right", no_wrap=True)

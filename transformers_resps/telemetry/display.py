@@ -1,4 +1,4 @@
-"""Computes the text that each token adds, and moves a progress bar with the forwards of a call of `generate`."""
+"""Compute the text that each token adds, and move a progress bar with the forwards of a call of `generate`."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +19,7 @@ def decoder(tokenizer: Any) -> Decode:
 
 
 def detokenize_incrementally(token_ids: Sequence[int], decode: Decode) -> list[str]:
-    """Return the text that each token adds; a character of several tokens is added by its last token.
+    """Return the text that each token adds; if several tokens make a character, the last of them adds it.
 
     A token that is decoded alone loses its leading space and may be part of a character, so each token is decoded
     together with the tokens of the text before it.
@@ -43,7 +43,7 @@ def decode_after(previous: int, token_id: int, decode: Decode) -> str:
 
 @contextmanager
 def moving(bar: Any, target: nn.Module, rows: int, most_steps: int) -> Iterator[None]:
-    """Move a `tqdm` bar by `rows` in total, evenly over `most_steps` forwards of `target`; leaving adds the rest."""
+    """Move a `tqdm` bar by `rows`: evenly with `most_steps` forwards of `target`, by the rest when the block ends."""
     steps = shown = 0
 
     def move(*_: Any) -> None:

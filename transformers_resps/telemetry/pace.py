@@ -20,7 +20,7 @@ _ENOUGH = 5  # A best time is a median of so many forwards of the same size.
 
 
 class Pace:
-    """Keeps the best times of a model's forwards. A process that is busy from the first step on is not noticed."""
+    """Warns once if forwards become far slower than the best of equal size, but not if they were slow at first."""
 
     def __init__(self) -> None:
         self._best: dict[Hashable, float] = {}  # settings, sizes and context -> seconds

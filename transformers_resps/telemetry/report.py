@@ -12,7 +12,7 @@ from .display import decoder, detokenize_incrementally
 
 
 class RowCounts(tuple[int, ...]):
-    """One number per row of the batch; `int(counts)` works if there is one row."""
+    """One number per row of the batch, in a tuple; `int(counts)` works if there is one row."""
 
     __slots__ = ()
 
@@ -27,7 +27,7 @@ class RowCounts(tuple[int, ...]):
 
 
 class Timed(Protocol):
-    """The type of any object with tokens and seconds."""
+    """The type of any object with the properties `tokens` and `seconds`."""
 
     @property
     def tokens(self) -> int: ...
@@ -37,14 +37,14 @@ class Timed(Protocol):
 
 
 class Timing(NamedTuple):
-    """Tokens and seconds of one text."""
+    """The tokens of one text, and the seconds in which they were decoded."""
 
     tokens: int
     seconds: float
 
 
 def rate(timed: Iterable[Timed]) -> float:
-    """Return total tokens over total seconds."""
+    """Return tokens per second: all tokens over all seconds."""
     kept = list(timed)
     return sum(one.tokens for one in kept) / sum(one.seconds for one in kept)
 
@@ -69,7 +69,7 @@ def bootstrap_interval(
 
 
 class Proposed(NamedTuple):
-    """Numbers of accepted nodes of all rows, by the source that proposed each node."""
+    """How many accepted nodes, of all rows, came from each source of nodes."""
 
     drafter: int = 0  # only by the head or another drafter
     lookup: int = 0  # only by lookup in the text of the call
@@ -78,7 +78,7 @@ class Proposed(NamedTuple):
 
     @classmethod
     def of(cls, flags: Sequence[int]) -> "Proposed":
-        """Count nodes by source; `flags` are their values in `DraftTree.proposers`."""
+        """Count nodes by source; `flags` has each node's value in `DraftTree.proposers`."""
         drafter, lookup, memory = map(flags.count, (DRAFTED, LOOKED_UP, REMEMBERED))
         return cls(drafter, lookup, len(flags) - drafter - lookup - memory, memory)
 
@@ -119,13 +119,13 @@ class StepRecord:
 
     @property
     def computed(self) -> int:
-        """Number of nodes that sets a forward's cost: the largest row's; without padding, the sum with one root."""
+        """Number of nodes that sets a forward's cost: the largest row's; without padding, all rows' with one root."""
         nodes = 1 + sum(self.sizes) - len(self.sizes) if self.sizes else self.verified
         return max(nodes, self.pricing.least_nodes)
 
     @property
     def rows_of_a_node(self) -> int:
-        """Number of rows that get one more node each when `computed` rises by one."""
+        """Number of rows that each get one more node if `computed` rises by one."""
         return 1 if self.sizes else self.decoded_rows
 
     @property
@@ -212,7 +212,7 @@ class SpeculationReport:
     def acceptance(self) -> dict[str, Any]:
         """Return the fields of vLLM 0.32's `metrics.speculative_decoding`, which AIPerf reads, and two more fields.
 
-        The prefill does not count as a step. Every verified node except the root counts as a draft token.
+        Only the first two, which are added, count the prefill. Verified nodes except the root count as draft tokens.
         """
         steps = self.steps[1:]
         accepted = [step.accepted_total for step in steps]
@@ -250,7 +250,7 @@ class SpeculationReport:
         print_steps(self, self._texts(tokenizer, row), console)
 
     def _texts(self, tokenizer: Any, row: int) -> list[list[str]]:
-        """Return for each step the texts of the new tokens of `row`."""
+        """Return, for each step, the new tokens of `row` as strings."""
         if not -len(self.answers) <= row < len(self.answers):
             raise ValueError(f"Got row={row}, but the batch has {len(self.answers)} rows, counted from 0.")
         answer = self.answers[row]
