@@ -61,7 +61,7 @@ class ArtefactTrainer(Trainer):
         raise NotImplementedError
 
     def plain_card(self, repo_id: str) -> str:
-        """Return a minimal model card, to be written if the repository has no card."""
+        """Return a minimal model card for the repository `repo_id`, written there if it has no card."""
         raise NotImplementedError
 
     def metrics(self) -> dict[str, Any]:
@@ -110,7 +110,7 @@ class ArtefactTrainer(Trainer):
         write_recipe(folder, self.args, type(self).__name__, self.models())
 
     def _restored(self, checkpoint: str) -> TrainOutput | None:
-        """If no step is left to train after this checkpoint, load it instead; otherwise return `None`."""
+        """If this checkpoint has taken all steps of the run, load it and return a result; otherwise return `None`."""
         state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
         if state.global_step < (self.args.max_steps if self.args.max_steps > 0 else state.max_steps):
             return None
@@ -193,7 +193,7 @@ def _unfinished(folder: Path) -> Path:
 
 
 def write_whole(folder: Path, write: Callable[[Path], None]) -> None:
-    """Call `write` with a temporary folder, then move its files to `folder`, which thus never has a partial file."""
+    """Call `write` with a temporary folder, then move the files to `folder`, which thus never has a partial file."""
     unfinished = _unfinished(folder)
     with written(unfinished):
         write(unfinished)
@@ -205,7 +205,7 @@ def write_whole(folder: Path, write: Callable[[Path], None]) -> None:
 
 
 def add_metrics(folder: Path, metrics: dict[str, Any]) -> None:
-    """Write `metrics` into `metrics.json` in a head's or policy's folder; entries with other names stay there."""
+    """Write `metrics` into `metrics.json` in a head's or policy's folder; entries there with other names are kept."""
     file = folder / METRICS
     known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     file.write_text(json.dumps(known | metrics, indent=2) + "\n", encoding="utf-8")
@@ -275,7 +275,7 @@ def push_folder(
     card: str | None = None,
     **where: Any,
 ) -> str:
-    """Upload a folder, or only `files` of it, in one commit; return its URL. `card` is added if no card exists."""
+    """Upload a folder, or only `files` of it, in one commit; return its URL. `card` is added if there is no card."""
     paths = _files(folder) if files is None else files
     content: dict[str, Path | bytes] = {file.relative_to(folder).as_posix(): file for file in paths}
     existing = _UNMEASURED
@@ -291,7 +291,7 @@ def newest_checkpoint(folder: str | Path) -> str | None:
 
 
 def check_resumable(folder: str | Path, facts: dict[str, str]) -> None:
-    """Raise `ValueError` if `folder` has a checkpoint trained on other `facts` (input -> hash); else store them."""
+    """Raise `ValueError` if `folder` has a checkpoint of other `facts` (input -> hash); otherwise store them there."""
     file = Path(folder) / "run.json"
     before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else facts
     changed = [name for name, value in facts.items() if before.get(name) != value]
@@ -307,7 +307,7 @@ def check_resumable(folder: str | Path, facts: dict[str, str]) -> None:
 
 
 class InterruptionCallback(TrainerCallback):
-    """After a signal to any process, saves a checkpoint and stops all processes at the same step."""
+    """After a signal to any process, saves a checkpoint and stops all processes at the same multiple of `steps`."""
 
     def __init__(self, trainer: Trainer, steps: int) -> None:
         self.received: int | None = None
@@ -365,7 +365,7 @@ def interruptible(trainer: Trainer, steps: int = 1) -> Iterator[None]:
 
 
 def fit_schedule(args: TrainingArguments, steps: int) -> None:
-    """If warmup and decay take more than the run's `steps`, shorten both in `args` in proportion, and warn."""
+    """If warmup and decay in `args` together exceed the run's `steps`, shorten both in proportion, and warn."""
     # otherwise Transformers would start the run in the middle of the decay
     asked: dict[str, Any] = dict(args.lr_scheduler_kwargs or {})  # type: ignore[arg-type]  # a string is parsed before
     warmup, decay = args.get_warmup_steps(steps), asked.get("num_decay_steps", 0)
@@ -427,7 +427,7 @@ def option(default: Value, help: str) -> Value:
 
 
 def check_type(name: str, value: Any, *kinds: type[Any]) -> None:
-    """Raise `ValueError` if `value`, the argument `name`, has none of the types `kinds`."""
+    """Raise `ValueError` if `value`, passed as the argument `name`, has none of the types `kinds`."""
     if not isinstance(value, kinds):
         needed = " or ".join(f"`{kind.__name__}`" for kind in kinds)
         raise ValueError(
@@ -436,7 +436,7 @@ def check_type(name: str, value: Any, *kinds: type[Any]) -> None:
 
 
 def check_setting(config: TrainingArguments, name: str, is_valid: bool, needed: str) -> None:
-    """Raise `ValueError` unless `is_valid`: the message has the setting `name`, its value, and the `needed` values."""
+    """Raise `ValueError` unless `is_valid`; the message has the setting `name`, its value, and what is `needed`."""
     if not is_valid:
         raise ValueError(
             f"`{name}` is {getattr(config, name)!r}, but it must be {needed}. See `{type(config).__name__}`."
@@ -444,7 +444,7 @@ def check_setting(config: TrainingArguments, name: str, is_valid: bool, needed: 
 
 
 def check_count(config: TrainingArguments, name: str, least: int, otherwise: str = "") -> None:
-    """Raise `ValueError` if a setting is not an int of at least `least`; the message ends with `otherwise`."""
+    """Raise `ValueError` unless the setting `name` is an int, `least` or more; `otherwise` says what else is valid."""
     value = getattr(config, name)
     check_setting(config, name, isinstance(value, int) and value >= least, f"a whole number from {least}{otherwise}")
 

@@ -66,7 +66,7 @@ _COUNTED_TEXTS = 4096  # Number of a stream's first texts in which tokens are co
 
 
 class HeadTexts:
-    """Prepares datasets for one target, and makes batches with a limited number of tokens."""
+    """Prepares datasets for a head's trainer, and makes batches of them with at most `tokens_per_batch` tokens."""
 
     def __init__(self, target: PreTrainedModel, processing_class: Any, args: DraftHeadTrainingConfig) -> None:
         context = context_of(target)
@@ -87,7 +87,7 @@ class HeadTexts:
         return collate(rows, self.processor)
 
     def prepare(self, dataset: Any, name: str) -> Any:
-        """Tokenize a dataset, or each dataset in a dict, and mark the tokens with a loss; errors call it `name`."""
+        """Call `prepare_dataset` with a dataset, or with each in a dict, for this target; errors call it `name`."""
         if dataset is None:
             return None
         if isinstance(dataset, Mapping) and name != "train_dataset":
@@ -107,7 +107,7 @@ class HeadTexts:
             )
 
     def texts(self, rows: Any, target: FrozenTarget) -> PreparedTexts | StreamedBatches:
-        """Wrap a prepared dataset for `loader`; with `feature_cache_dir` its rows include the target's features."""
+        """Wrap prepared `rows` for `loader`; with `feature_cache_dir` they get the features, computed by `target`."""
         if is_streamed(rows):
             return StreamedBatches(rows, self._args.tokens_per_batch, seed=self._seed)
         if self._args.feature_cache_dir is None:
@@ -117,7 +117,7 @@ class HeadTexts:
     def loader(
         self, texts: PreparedTexts | StreamedBatches, collator: Callable[[Any], Any], *, shuffle: bool
     ) -> DataLoader[Any]:
-        """Return a loader of batches of at most `tokens_per_batch` tokens; `shuffle` has no effect on a stream."""
+        """Return a loader of batches of at most `tokens_per_batch` tokens; a stream is never shuffled."""
         args = self._args
         options: Any = {"num_workers": args.dataloader_num_workers, "pin_memory": args.dataloader_pin_memory}
         if isinstance(texts, StreamedBatches):  # each item is a batch; the processes share them out
@@ -132,12 +132,12 @@ def _of_one(collator: Callable[[Any], Any], batches: list[Any]) -> Any:
 
 
 def counted_examples(rows: Any) -> Iterator[Example]:
-    """Yield the examples whose tokens are counted for a draft vocabulary: all, or a stream's first few thousand."""
+    """Yield the examples in which tokens are counted for a draft vocabulary: all, or a stream's first few thousand."""
     return StreamedBatches(rows, 0).examples(_COUNTED_TEXTS) if is_streamed(rows) else PreparedTexts(rows).examples()
 
 
 def questions_in(rows: Any) -> set[str]:
-    """Return the first user turn of each row of a prepared dataset, or of a dict of them; empty for a stream."""
+    """Return the set of first user turns in a prepared dataset, or in a dict of such datasets; empty for a stream."""
     if isinstance(rows, Mapping):
         return set().union(*map(questions_in, rows.values()))
     questions = () if rows is None or is_streamed(rows) else rows["question"]
@@ -184,7 +184,7 @@ class PolicyPrompts:
 
 
 def _tokenized_prompt(value: Any, column: str, tokenizer: Any) -> tuple[Tensor, str]:
-    """Return the token ids `[s]` and the first user turn of a prompt, a string or a list of messages."""
+    """Return the token ids `[s]` and first user turn of a prompt `value`: a string or a list of messages."""
     if isinstance(value, str) and column == "prompt" and value.strip():
         return tensor(tokenizer(value)["input_ids"]), value
     messages = as_messages(value, None)
@@ -195,7 +195,7 @@ def _tokenized_prompt(value: Any, column: str, tokenizer: Any) -> tuple[Tensor, 
 
 
 def name_of(tokens: Tensor) -> str:
-    """Hash token ids `[s]` to a short name."""
+    """Hash token ids `[s]` to a name of 16 hexadecimal digits."""
     return hashlib.sha256(tokens.numpy().tobytes()).hexdigest()[:16]
 
 
@@ -209,7 +209,7 @@ Recorded = TypeVar("Recorded", RankedText, RecordedText)
 
 @dataclass
 class AnswerRecorder(Generic[Recorded]):
-    """Generates answers with an attached target, and stores each with its drafts in `folder`; reuses such files."""
+    """Lets an attached target answer prompts, and keeps each answer with the head's drafts as a file in `folder`."""
 
     target: Any
     head: DraftHead | BlockHead
@@ -275,7 +275,7 @@ _USUAL_CONTEXT = 256  # Assumed number of positions while decoding, if there are
 
 
 class PolicyData:
-    """Holds the prompts of each dataset argument; records answers and measures costs when they are first needed."""
+    """Holds each dataset's prompts; records their answers and measures the costs of steps when they are needed."""
 
     def __init__(self, pair: Pair, args: PolicyTrainingConfig, **datasets: Any) -> None:
         self.pair, self.prompts = pair, dict[str, PolicyPrompts]()
@@ -299,7 +299,7 @@ class PolicyData:
         self._replays.pop(name, None)
 
     def check_has(self, name: str, use: str) -> None:
-        """Raise `ValueError` if the dataset `name` is missing; `use` says what needs it."""
+        """Raise `ValueError` if there is no dataset `name`; `use` says in the message what needs it."""
         if name not in self.prompts:
             raise ValueError(f"`{name}` is missing, but {use} needs prompts. Pass a dataset of them.")
 
@@ -332,7 +332,7 @@ class PolicyData:
         return set().union(*(self.prompts[name].first_questions for name in names if name in self.prompts))
 
     def learned(self, name: str) -> int:
-        """Return how many prompts of a dataset are also in `train_dataset`."""
+        """Return how many prompts of the dataset `name` are also in `train_dataset`."""
         learned = self.prompts.get("train_dataset")
         return 0 if learned is None else len(self.prompts[name].tokens.keys() & learned.tokens.keys())
 
@@ -357,7 +357,7 @@ class PolicyData:
         return LiveRollouts(self.pair.target, self.pair.head, prompts, **options)
 
     def facts(self, grid: ActionGrid) -> dict[str, str]:
-        """Return a hash of each input of training a policy over `grid`; a run resumes only if all hashes are equal."""
+        """Return a hash of each input of training over `grid`, by name; a run resumes only with the same hashes."""
         longest = max(prompts.longest for prompts in self.prompts.values())
         seconds = [[self.costs.step_seconds(shape, context) for shape in grid.shapes] for context in (0, longest)]
         return {

@@ -79,7 +79,7 @@ class FrozenTarget:
         return TargetFeatures(features, hidden, self._picks(hidden, predicted))
 
     def _outputs(self, input_ids: Tensor, image_inputs: dict[str, Tensor] | None) -> tuple[Tensor, Tensor]:
-        """Return the features and the decoder's output after its final norm."""
+        """Return the features `[b, t, F]`, and the decoder's output `[b, t, target hidden]` after its final norm."""
         decoder = self.model.get_decoder()
         tap = FeatureTap(self.model, self.feature_layers, before_deepstack=self.before_deepstack)
         with tap, tap.record() as features:
@@ -97,7 +97,7 @@ class FrozenTarget:
         return features.concatenated(), outputs[-1].last_hidden_state
 
     def _check_causal(self, input_ids: Tensor, image_inputs: dict[str, Tensor]) -> None:
-        """Raise `ValueError` if features depend on later tokens, because later tokens do not exist in decoding."""
+        """Raise `ValueError` if features depend on later tokens, which are not yet there when the head drafts."""
         other = input_ids.clone()
         other[:, -1] = (other[:, -1] == 0).long()
         before, after = (self._outputs(ids, image_inputs)[0][:, :-1].float() for ids in (input_ids, other))
@@ -110,7 +110,7 @@ class FrozenTarget:
         self._is_known_causal = True
 
     def _picks(self, hidden: Tensor, predicted: Tensor | None) -> Tensor:
-        """Return the likeliest token after each position `[b, t]`; 0 where `predicted` is false for the next token."""
+        """Return the likeliest next token after each position, `[b, t]`; 0 where that token is not `predicted`."""
         wanted = hidden.new_ones(hidden.shape[:2], dtype=torch.bool)
         if predicted is not None:
             wanted = F.pad(predicted[:, 1:], (0, 1))  # a position predicts the next token
@@ -121,7 +121,7 @@ class FrozenTarget:
         return picks
 
     def teacher(self, hidden: Tensor, token_ids: Tensor) -> Teacher:
-        """Return the target's distributions over `token_ids` `[d]`, for n positions' states `[n, target hidden]`."""
+        """Return the target's distributions over the tokens `token_ids` `[d]` for states `[n, target hidden]`."""
         bias = getattr(self._output, "bias", None)
         bias = None if bias is None else bias[token_ids]
         return Teacher(hidden, self._output.weight[token_ids], self.scale, self.softcap, bias)
@@ -134,7 +134,7 @@ _TOKENS_PER_FORWARD = 4096  # Number of tokens in a batch of the target, padding
 
 
 class CachedFeatures(PreparedTexts):
-    """Texts with the target's outputs on disk, so that training does not run the target.
+    """Prepared texts with the target's outputs (`TargetFeatures`) on disk, so that training does not run the target.
 
     Missing outputs are computed when the object is made. Each block of 64 texts has a safetensors file, named by a
     hash of the texts and the target. So only missing files are computed after a kill, or after texts were appended.

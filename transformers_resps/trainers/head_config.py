@@ -22,8 +22,8 @@ _LEAST = {"draft_vocab_size": 0, "tokens_per_batch": 2, "ttt_steps": 1, "loss_ch
 class DraftHeadTrainingConfig(TrainingArguments):
     """Settings of `DraftHeadTrainer`: Transformers' `TrainingArguments` plus settings for training draft heads.
 
-    `tokens_per_batch` sets the batch size; to set `per_device_train_batch_size` or `per_device_eval_batch_size` raises
-    `ValueError`.
+    `tokens_per_batch` sets the batch size; setting `per_device_train_batch_size` or `per_device_eval_batch_size`
+    raises a `ValueError`.
 
     Source: EAGLE-3 (arXiv 2503.01840) section 3.2; `ttt_steps` and `ttt_step_decay` default to those of its code.
     """

@@ -144,7 +144,7 @@ class DraftHeadTrainer(ArtefactTrainer):
         return unwrapped(self.accelerator.unwrap_model(self.model))
 
     def draft_vocabulary(self) -> DraftVocabulary:
-        """Return the tokens that the head can propose, and which share of the training answers' tokens they are."""
+        """Return the tokens that the head can propose, and their share of all answer tokens in `train_dataset`."""
         return vocabulary_of(self.head, counted_examples(self.train_dataset))
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -158,7 +158,7 @@ class DraftHeadTrainer(ArtefactTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Compute the sum of all levels' losses, divided by the number of predicted tokens in the optimiser step."""
+        """Return the losses of all levels and tokens, summed and divided by the optimiser step's predicted tokens."""
         if model.training:
             self._speed.start(self.state.global_step)  # earlier, a resumed run does not know its step
         is_predicted = inputs["labels"] != IGNORED
@@ -183,7 +183,7 @@ class DraftHeadTrainer(ArtefactTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Evaluate as in Transformers; also compute each level's agreement with the target, and tau."""
+        """Evaluate as in Transformers; also compute how often each level agrees with the target, and simulate tau."""
         began = time.monotonic()
         self._meters["eval"].reset()
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
@@ -229,7 +229,7 @@ class DraftHeadTrainer(ArtefactTrainer):
         return {"target": self.head.target.get("name_or_path"), "head": self._origin or None}
 
     def _tau(self, texts: Any) -> float:
-        """Simulate tau (tokens per target forward) of the default tree, on `tau_texts` texts of various lengths."""
+        """Simulate tau (tokens per target forward) of the head's default tree, on a sample of `tau_texts` texts."""
         is_shared_out = not isinstance(texts, PreparedTexts | StreamedBatches)  # a wrapped stream
         rows = map(self._with_features, (texts.dataset if is_shared_out else texts).some(self.args.tau_texts))
         is_quiet = self.args.disable_tqdm or not self.is_world_process_zero()
@@ -350,7 +350,7 @@ def _check_arguments(model: Any, args: DraftHeadTrainingConfig, train_dataset: A
 
 
 def freeze_output_head(head: TrainableSource, is_frozen: bool) -> None:
-    """Freeze the head's output rows if `is_frozen`; raise `ValueError` if this head does not allow that value."""
+    """Freeze the head's output rows if `is_frozen`; raise `ValueError` if they cannot be frozen, or not be trained."""
     if not (head.output_heads or is_frozen):
         raise ValueError(
             "`freeze_output_head` is false, but the head borrows its output head from the target, which is never "
@@ -370,7 +370,7 @@ def freeze_output_head(head: TrainableSource, is_frozen: bool) -> None:
 
 
 def save_head(model: Any, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Write a copy of a head to `folder` in `dtype`; adapters are merged into the weights of the copy."""
+    """Write a copy of a head or of its PEFT model to `folder` in `dtype`, with adapters merged into its weights."""
     head = copy.deepcopy(model)
     if hasattr(head, "merge_and_unload"):
         head = head.merge_and_unload()
@@ -382,7 +382,7 @@ _MEASURED = "1.6 after 150,000, 1.8 after 390,000, 1.9 after 560,000"  # SmolLM2
 
 
 def warn_if_small(tokens: int) -> bool:
-    """Return whether a run over `tokens` positions is too small for a useful head, and if so warn."""
+    """Warn, and return true, if a run's positions, whose number is `tokens`, are too few for a useful head."""
     if tokens >= MIN_USEFUL_TOKENS:
         return False
     logger.warning(
@@ -411,12 +411,12 @@ class LevelMeter:
         self._tokens = 0
 
     def add(self, losses: Tensor, hits: Tensor, predicted: Tensor, tokens: int) -> None:
-        """Add a batch: losses, hits and predicted tokens of each level `[k]`, and the batch's number of tokens."""
+        """Add a batch: each level's `losses`, `hits` and `predicted` tokens, `[k]` each, and the batch's `tokens`."""
         self._sums += torch.stack([losses, hits, predicted]).detach().to("cpu", torch.float64)
         self._tokens += tokens
 
     def summary(self, over_processes: Callable[[Tensor], Tensor]) -> tuple[dict[str, float], int]:
-        """Return `loss_1`, `accuracy_1`, `accuracy_2`, ..., and all tokens; `over_processes` adds up the processes."""
+        """Return `loss_1`, `accuracy_1`, `accuracy_2`, ..., and the tokens; `over_processes` sums over processes."""
         everything = over_processes(torch.cat([self._sums.flatten(), torch.tensor([float(self._tokens)])]))
         losses, hits, predicted = everything[:-1].view_as(self._sums)
         agreement = (hits / predicted.clamp(min=1)).tolist()
@@ -426,7 +426,7 @@ class LevelMeter:
 
 
 class RunSpeed:
-    """Measures the training speed between two lines of logged metrics, and estimates the remaining time."""
+    """Measures tokens per second between two calls of `lap`, and estimates the remaining minutes."""
 
     def __init__(self) -> None:
         self._since: tuple[float, int] | None = None  # time and step at the last call of `start` or `lap`

@@ -28,7 +28,7 @@ _ODD_SHARE = 0.01  # A fine-tune's tokenizer may give other ids to this share of
 
 
 def default_folder(target: Any, artefact_name: str) -> str:
-    """Return the output folder for a run without `args`, named after its target, as in TRL."""
+    """Return the output folder for a run without `args`: the target's name and `artefact_name`, as in TRL."""
     name = target if isinstance(target, str) else getattr(getattr(target, "config", None), "name_or_path", "")
     return f"{Path(name).name or 'target'}-{artefact_name}"
 
@@ -71,7 +71,7 @@ def context_of(target: PreTrainedModel) -> int:
 
 
 def load_tokenizer(target: PreTrainedModel, processing_class: Any = None) -> PreTrainedTokenizerBase | None:
-    """Return `processing_class`, or a processor's tokenizer, or by default the target's; raise if it does not fit."""
+    """Return `processing_class` or its tokenizer, by default the target's; `ValueError` if it is another model's."""
     if processing_class is None:
         return _tokenizer_at(target.config.name_or_path)
     is_processor = isinstance(processing_class, ProcessorMixin)
@@ -97,7 +97,7 @@ def load_tokenizer(target: PreTrainedModel, processing_class: Any = None) -> Pre
 
 
 def end_tokens(target: PreTrainedModel) -> set[int]:
-    """Return the ids of end tokens in the target's configs."""
+    """Return the ids of the end tokens that the target's text config and generation config name."""
     token_ids: set[int] = set()
     for config in (text_config(target), target.generation_config):
         ids = getattr(config, "eos_token_id", None)  # missing in the text configs of Qwen-VL and GLM-V
@@ -106,7 +106,7 @@ def end_tokens(target: PreTrainedModel) -> set[int]:
 
 
 def load_named_head(argument: str, name: str, target: PreTrainedModel, **init_kwargs: Any) -> TrainableSource:
-    """Load the head `name` by `load_head`; raise a `ValueError` about `argument` if that is a whole model."""
+    """Load the head `name`, a folder or Hub id; raise `ValueError`, naming `argument`, if that holds a whole model."""
     try:
         return load_head(name, target, **init_kwargs)
     except WholeModelError as error:
@@ -171,7 +171,7 @@ class Pair:
         tokenizer: Any,
         args: PolicyTrainingConfig,
     ) -> "Pair":
-        """Load target and head if given by name, attach the target, and check that head and tokenizer fit it."""
+        """Make a pair: load what is given by name, attach the target, and check that head and tokenizer fit it."""
         model: Any = attach(as_target(target, cast(Any, args.target_init_kwargs)))
         if isinstance(target, str):
             model.to(args.device)

@@ -1,4 +1,4 @@
-"""The cross-entropy loss of EAGLE-3's training-time test (arXiv 2503.01840 section 3.2), see `heads.unrolled`."""
+"""The soft cross-entropy loss of EAGLE-3's training-time test (arXiv 2503.01840 section 3.2), see `heads.unrolled`."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +24,7 @@ class Teacher:
     bias: Tensor | None = None  # [d] bias of the target's output head
 
     def probabilities(self, rows: slice) -> Tensor:
-        """Return fp32 probabilities `[c, d]` at the c positions that `rows` selects, normalised over the d tokens."""
+        """Return fp32 probabilities `[c, d]` at the c positions that `rows` selects; each of c rows sums to 1."""
         with torch.autocast(self.weight.device.type, enabled=False):
             logits = F.linear(self.hidden[rows].to(self.weight.dtype), self.weight, self.bias).float()
         for part in _cached_parts(logits):
@@ -113,7 +113,7 @@ class _SoftCrossEntropy(torch.autograd.Function):
 
 
 def _compared(logits: Tensor, probabilities: Tensor, best: Tensor) -> tuple[Tensor, Tensor]:
-    """Return cross entropies `[c]`, and where `best` is the top token; overwrite `logits` by their gradient."""
+    """Return cross entropies `[c]`, and whether `best` is the top token, `[c]`; write the gradient into `logits`."""
     losses, tops = [], []
     for part, wanted in zip(_cached_parts(logits), _cached_parts(probabilities), strict=True):
         exact = part.float()

@@ -43,10 +43,10 @@ class Objective(ABC):
     def __call__(
         self, head: TrainableSource, model: nn.Module, tokens: Tensor, predicted: Tensor, read: TargetFeatures
     ) -> Loss:
-        """Compute the loss of right-padded texts `[b, t]` over the `predicted` tokens, `[b, t]` bool.
+        """Compute the loss of right-padded texts `tokens` `[b, t]` over the tokens that `predicted` `[b, t]` marks.
 
-        `model` is the head, wrapped for distributed training: call its forward, so that the gradient hooks run.
-        `read` has the target's outputs for the texts.
+        `model` is the head, wrapped for distributed training: call its forward, so that the gradient hooks run. `read`
+        has the target's outputs for the texts.
         """
 
 
@@ -88,7 +88,7 @@ class LevelObjective(Objective):
 
 
 class BlockObjective(Objective):
-    """Computes the loss of a block head for blocks that start at random positions, in evaluation at all positions.
+    """Computes the loss of a block head for blocks at random positions, or, in evaluation, at all positions.
 
     Each position of a block learns the target's distribution. A Markov head or candidate selector reads the true token
     before the position. The weight of a loss, `ttt_step_decay ** level`, is DFlash's exp(-(k - 1) / g) for the k-th
@@ -165,10 +165,10 @@ class BlockObjective(Objective):
 
 
 def draw_anchors(predicted: Tensor, share: float) -> tuple[Tensor, Tensor]:
-    """Draw a share of the positions at which a block can start; a share of 1 takes all, without random numbers.
+    """Draw a `share` of the positions at which a block can start; a share of 1 takes all, without random numbers.
 
-    A block can start at a token if it and the next one are `predicted` (`[b, t]` bool). Returns positions `[b, m]`, m
-    for each text, and a mask `[b, m]` that is false where a text has fewer and is padded.
+    A block can start at a token if it and the next one are `predicted` (`[b, t]` bool). Returns m positions of each
+    text, `[b, m]`, and a mask `[b, m]` that is false at the padding of texts with fewer positions.
     """
     may = predicted[:, :-1] & predicted[:, 1:]
     counts = (may.sum(-1, keepdim=True) * share).ceil().long()
@@ -207,7 +207,7 @@ def logits_of(normed: Tensor, weight: Tensor, bias: Tensor | None, chunk_size: i
 
 
 def selection_loss(found: Logits, teacher: Teacher, selector: CandidateSelector, contexts: Tensor) -> Tensor:
-    """Compute the cross entropy `[n]` of the target with a selector's scores for the head's likeliest tokens.
+    """Compute the cross entropy `[n]` of a selector's scores for the head's likeliest tokens with the target.
 
     The target's probabilities are not renormalised over these tokens. `contexts` `[n, r]` come from `contexts_of`.
     """

@@ -48,7 +48,7 @@ logger = logging.getLogger(f"transformers.{__name__}")
 
 
 class RolloutTrainer(ArtefactTrainer):
-    """Trains a `ReSpSPolicy` in place on the decisions that `rollouts` collects.
+    """Trains a `ReSpSPolicy` in place: `rollouts` collects its decisions and their results, from which it learns.
 
     `evaluate` uses `eval_rollouts`, recorded held-out texts. See `PolicyTrainer` for `reward_func`.
     """
@@ -136,7 +136,7 @@ class RolloutTrainer(ArtefactTrainer):
         return self.compared_on(held_out, training if isinstance(training, ReplayRollouts) else held_out)
 
     def compared_on(self, held_out: ReplayRollouts, searched: ReplayRollouts) -> "PolicyComparison":
-        """Replay `held_out` with the policy, set as for decoding, and the fixed tree that is fastest on `searched`."""
+        """Replay `held_out` with the policy as it decodes, and with the fixed tree that is fastest on `searched`."""
         texts, use = torch.arange(len(held_out)), self.policy.config
         generator = seeded(self.args.seed, 0, 0) if use.sample else None
         decisions = held_out.follow(self.policy, texts, use.persistence, generator, temperature=use.temperature)
@@ -152,7 +152,7 @@ class RolloutTrainer(ArtefactTrainer):
         )
 
     def judge(self, comparison: "PolicyComparison") -> None:
-        """Warn once if the policy is not worth using; after training, write `comparison` to its `metrics.json`."""
+        """Warn, only once, if `comparison` raises doubts; after training, write it to the policy's `metrics.json`."""
         if not self.is_world_process_zero():
             return
         if not self._has_warned:
@@ -341,7 +341,7 @@ _DEPTH, _TOP_KS, _LOOKUPS = 6, (1, 2, 4), (0, 4, 8)  # Sizes of the fixed trees 
 def compare(
     policy: Policy, searched: Sequence[RecordedText], held_out: Sequence[RecordedText], costs: CostModel
 ) -> "PolicyComparison":
-    """Replay `held_out` with a copy of the policy, which goes on learning, and the fixed tree best on `searched`."""
+    """Replay `held_out` with a copy of `policy`, which learns on, and with the tree that is fastest on `searched`."""
     small = ActionGrid.small()
     grid = (small.within(searched[0].depth) if searched[0].block_nodes else small).with_lookups(_LOOKUPS)
     in_searched, in_held_out = (
@@ -360,13 +360,13 @@ def compare(
 
 
 def without_guard(model: Any) -> tuple[Any, bool]:
-    """Return the policy `model`, loaded if it is a name and without its `BaselineGuard`; also whether it had one."""
+    """Return a policy without its `BaselineGuard`, and whether it had one; a name is loaded first."""
     policy = AutoPolicy.from_pretrained(model) if isinstance(model, str) else model
     return (policy.policy, True) if isinstance(policy, BaselineGuard) else (policy, False)
 
 
 def new_resps_policy(pair: Pair, args: PolicyTrainingConfig, costs: CostModel, context: int) -> ReSpSPolicy:
-    """Make a Re-SpS policy, by default with only the shapes that could save time here at `context` positions."""
+    """Make a Re-SpS policy; with `drop_hopeless` only of shapes that can save time at `context` positions."""
     grid = every = ActionGrid.paper() if args.grid == "paper" else ActionGrid.small()
     levels = pair.head.drafter(DraftCall(pair.target)).most_levels
     if levels is not None:
@@ -389,7 +389,7 @@ FEW_TEXTS = 10
 
 @dataclass(frozen=True)
 class PolicyComparison:
-    """Timings of the same held-out texts with a policy and with one fixed tree."""
+    """Timings of the same held-out texts, once with a policy and once with the best fixed tree."""
 
     own: Sequence[Timing]  # each text with the policy
     fixed: Sequence[Timing]  # each text with the fixed tree that is fastest on the training texts
@@ -404,7 +404,7 @@ class PolicyComparison:
 
     @cached_property
     def interval(self) -> tuple[float, float]:
-        """The 95% bootstrap interval of `gain`, with texts drawn with replacement."""
+        """The 95% interval of `gain` by bootstrap: texts are drawn with replacement."""
         return bootstrap_interval([self.own], [self.fixed])
 
     def metrics(self) -> dict[str, float]:

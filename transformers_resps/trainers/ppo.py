@@ -1,4 +1,4 @@
-"""Compute updates of a Re-SpS policy, with the maths of policy optimisation as pure functions.
+"""Updates of a Re-SpS policy, with the maths of policy optimisation as pure functions.
 
 Tensor shapes: n decisions, a actions (tree shapes that the policy can choose).
 
@@ -123,7 +123,7 @@ def reward_func_of(reward: str | RewardFunc) -> RewardFunc:
 
 
 def rewards_of(func: RewardFunc, outcomes: HeldOutcomes, rate: float, persistence: int) -> Tensor:
-    """Return the fp64 rewards that `func` computes for outcomes `[n]` or `[n, a]`; raise if they are not valid."""
+    """Return `func`'s fp64 rewards for outcomes `[n]` or `[n, a]`; raise `ValueError` if shape or values are wrong."""
     keywords = {"emitted": outcomes.emitted, "seconds": outcomes.seconds, "mean_rates": outcomes.mean_rates}
     rewards: Any = func(**keywords, rate=rate, persistence=persistence)
     is_fit = isinstance(rewards, Tensor) and rewards.shape == outcomes.emitted.shape
@@ -137,7 +137,7 @@ def rewards_of(func: RewardFunc, outcomes: HeldOutcomes, rate: float, persistenc
 
 
 def gae(rewards: Tensor, values: Tensor, ends: Tensor, *, discount: float, decay: float) -> Tensor:
-    """Compute generalised advantage estimates from rewards, the critic's values, and where texts end, all `[n]`.
+    """Compute generalised advantage estimates from rewards, the critic's values and the texts' ends, all `[n]`.
 
     `discount` is gamma, `decay` is lambda. Source: Schulman et al. 2016 (arXiv 1506.02438), equations 11 to 16.
     """
@@ -163,7 +163,7 @@ def standardized(values: Tensor) -> Tensor:
 
 
 def clipped_surrogate(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, clip: float) -> Tensor:
-    """Compute PPO's objective, a scalar to maximise, from three tensors `[n]` (arXiv 1707.06347, equation 7)."""
+    """Compute PPO's objective, a scalar to maximise, over n taken actions (arXiv 1707.06347, equation 7)."""
     ratios = (log_probs - old_log_probs).exp()
     return torch.min(ratios * advantages, ratios.clamp(1 - clip, 1 + clip) * advantages).mean()
 
@@ -175,5 +175,5 @@ def entropy(logits: Tensor) -> Tensor:
 
 
 def expected_gain(logits: Tensor, action_gains: Tensor) -> Tensor:
-    """Compute the policy's expected gain, a scalar to maximise, from logits and gains of all actions `[n, a]`."""
+    """Compute the policy's mean expected gain, to be maximised, from logits and gains of all actions `[n, a]`."""
     return (logits.softmax(-1) * action_gains).sum(-1).mean()

@@ -44,7 +44,7 @@ class Decisions:
 
 
 class Rollouts(ABC):
-    """Base class of `ReplayRollouts` and `LiveRollouts`, which collect a policy's decisions and their results."""
+    """Base class of `ReplayRollouts` and `LiveRollouts`: lets a policy decide on texts, and returns the results."""
 
     knows_all_outcomes = False  # whether decisions come with the result of every action
 
@@ -69,7 +69,7 @@ class Rollouts(ABC):
 
 
 def _taken(logits: Tensor, generator: torch.Generator | None, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Draw actions `[n]` from logits `[n, a]`; if `generator` is `None`, take the likeliest. Return log probs, too."""
+    """Draw actions `[n]` from logits `[n, a]`, without `generator` the likeliest; also return their log probs."""
     log_probs = (logits / temperature).log_softmax(-1)
     if generator is None:
         actions = logits.argmax(-1)
@@ -109,7 +109,7 @@ class ReplayRollouts(Rollouts):
         *,
         temperature: float = 1.0,
     ) -> Decisions:
-        """Replay the texts with the indices `texts` together; if `generator` is `None`, take the likeliest actions."""
+        """Replay the texts with the indices `texts` at once; if `generator` is `None`, take the likeliest actions."""
         replayed = (self.table.features.shape[1], self.table.action_count)
         needed = (policy.config.feature_size, len(policy.config.grid))
         if replayed != needed:
@@ -154,9 +154,9 @@ class _Decision:
 
 
 class DecisionRecorder(Policy):
-    """Chooses actions by a policy's network, each for `persistence` steps, and stores the records of these steps.
+    """Chooses actions by the network of `policy`, each for `persistence` steps, and stores these steps' records.
 
-    The code of Re-SpS instead assigns a step to the next decision, and adds an observation of zeros once per text.
+    The code of Re-SpS instead counts a step for the next decision, and adds an observation of zeros once per text.
     """
 
     def __init__(self, policy: ReSpSPolicy, persistence: int, generator: torch.Generator | None) -> None:
@@ -214,7 +214,7 @@ class LiveRollouts(Rollouts):
     def collect(
         self, policy: ReSpSPolicy, texts: int, persistence: int, generator: torch.Generator, *, greedy: bool = False
     ) -> Decisions:
-        """Collect decisions as in `Rollouts`; raises `ValueError` if no decision has a plausible time."""
+        """Collect decisions as `Rollouts.collect` says; raise `ValueError` if no decision took a plausible time."""
         chosen = torch.randperm(len(self._prompts), generator=generator)[:texts].tolist()
         kept, ends, decided = list[_Decision](), list[bool](), 0
         for index in chosen:
@@ -253,7 +253,7 @@ class LiveRollouts(Rollouts):
         return [decision for decision in recorder.decisions if decision.records]
 
     def _is_timed(self, decision: _Decision) -> bool:
-        """Store the steps' seconds in `decision`; return `False` if the clock stood still, ran backwards or jumped."""
+        """Store the steps' seconds in `decision`; return false if the clock stood still, ran backwards or jumped."""
         for record in decision.records:
             seconds = record.step_seconds - (0.0 if self._includes_drafting else record.draft_seconds)
             if not (math.isfinite(seconds) and seconds > 0):

@@ -17,7 +17,7 @@ from ..tree import TreeShape
 def simulated_tau(
     source: LevelSource, target: PreTrainedModel, texts: Iterable[dict[str, Tensor]], shape: TreeShape
 ) -> float:
-    """Return tau, the mean number of tokens per target forward, if every step drafts a tree of `shape`.
+    """Return tau, the mean number of tokens per target forward, if the head `source` drafts trees of `shape`.
 
     The result is at least 1, and exact for texts that the target wrote itself, greedily or by sampling. The target
     does not run, and `shape.lookup` is ignored. Each text has `input_ids` and `loss_mask` `[t]`, and `features`
