@@ -1,7 +1,7 @@
 """Compile a model in another process, so that no call waits for a compiler.
 
-The process loads the checkpoint, compiles the functions that calls use, and stores the code in the folder where calls
-of all processes look for it. It may run longer than this process.
+The other process loads the checkpoint, compiles the functions that `generate` calls, and stores the code in the folder
+from which all processes load compiled code. It may run longer than the process that started it.
 """
 
 import logging
@@ -31,7 +31,7 @@ def _with_settings(script: str) -> str:
 
 
 class CompilerProcess:
-    """Starts a process that compiles one model, unless this user already runs such a process for the model."""
+    """Starts `resps compile` for one model in another process, unless a process of this user already compiles it."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
@@ -40,16 +40,16 @@ class CompilerProcess:
 
     @property
     def is_running(self) -> bool:
-        """Whether the process is running, which slows down calls of `generate`."""
+        """Whether the process that `start` started still runs, which slows down calls of `generate`."""
         if self._process is not None and self._process.poll() is not None:
             self._see_end(self._process.returncode)
         return self._process is not None
 
     def start(self, identity: str, checkpoint: str, *arguments: str) -> None:
-        """Start `resps compile` in a process, unless it runs or was already started with the same `arguments`.
+        """Start the process, unless it still runs, or was started or refused before with these `arguments`.
 
         `identity` is the model's `ModulePackages.identity`; `checkpoint` is its folder or Hub id, empty if the model
-        was made in memory; `arguments` are further arguments of the command.
+        was made in memory; `arguments` are heads and options for `resps compile`. If it cannot start, log a warning.
         """
         if self.is_running or arguments in self._asked:
             return

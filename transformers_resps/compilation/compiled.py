@@ -44,7 +44,7 @@ _Function: TypeAlias = Callable[..., Outputs]
 class CompiledFunction:
     """Compiles `function` at the first call. The sizes of its `dynamic` dimensions may change at every later call.
 
-    Compiled code does not notice changes of the weights (see `_guards_on_inputs`): after a change drop this object.
+    Compiled code ignores changes of the weights (see `_guards_on_inputs`): after a change, make a new object.
 
     `function` maps tensors to tensors, without gradients and without branches on values. `dynamic` lists for each
     input the dimensions whose sizes may change, and `dynamic_buffers` lists them for all buffers; a size of 1 gets
@@ -98,9 +98,9 @@ class CompiledFunction:
     def run_packaged(
         self, inputs: Sequence[Tensor], buffers: Sequence[Tensor], settings: Hashable | None = None
     ) -> Outputs | None:
-        """Run code from a package; return `None` if there is no package for these sizes. This never compiles.
+        """Run code that is stored in a package and already loaded, without compiling; `None` if these sizes have none.
 
-        `settings` is the result of `callers_settings`, if the caller already has it.
+        `settings` is the result of `callers_settings`; with `None`, this calls it.
         """
         code = self._compiled.get(self._key(inputs, settings))
         if not isinstance(code, _Packaged):
@@ -109,7 +109,7 @@ class CompiledFunction:
         return code(*tensors) if code.fits(tensors) else None
 
     def _compile(self, tensors: Sequence[Tensor], sizes: DynamicSizes) -> tuple[_Function, Outputs]:
-        """Compile code that is lost when this process ends; return the code and its first outputs."""
+        """Compile by `torch.compile`, without storing the code; return the code and its outputs for `tensors`."""
         for part, dimensions in zip(tensors, sizes, strict=True):
             for dimension in dimensions:
                 if part.shape[dimension] > 1:
@@ -139,7 +139,7 @@ class CompiledFunction:
         return self.needs_compiler(inputs) and self._packages is not None and packages_folder() is not None
 
     def load(self, inputs: Sequence[Tensor], buffers: Sequence[Tensor], outputs: Outputs) -> bool:
-        """Load the package for these sizes; return whether that worked. Its results will be nested like `outputs`."""
+        """Load the package for these sizes; return whether that worked. `outputs`: an example of the eager outputs."""
         key = self._key(inputs)
         if key in self._compiled or not self._are_packaged(inputs):
             return False
@@ -161,7 +161,7 @@ class CompiledFunction:
         return self._options is None and inputs[0].device.type == "cpu"
 
     def is_compiled_for(self, inputs: Sequence[Tensor]) -> bool:
-        """Whether code for these sizes was compiled, under the present PyTorch settings or under others."""
+        """Whether code for these sizes was compiled, even if under other PyTorch settings than the present ones."""
         return self._sizes(inputs) in {sizes for sizes, _ in self._compiled}
 
     def is_ready(self, inputs: Sequence[Tensor], buffers: Sequence[Tensor] = ()) -> bool:
@@ -170,7 +170,7 @@ class CompiledFunction:
         return code is not None and _serves(code, [*inputs, *buffers])
 
     def _key(self, inputs: Sequence[Tensor], settings: Hashable | None = None) -> tuple[_Sizes, Hashable]:
-        """Return the key in `_compiled` of the code for these inputs."""
+        """Return the key in `_compiled` of the code for these inputs: their sizes, and PyTorch settings."""
         return self._sizes(inputs), settings or callers_settings(inputs[0].device.type)
 
     def _sizes(self, inputs: Sequence[Tensor]) -> _Sizes:
@@ -184,7 +184,7 @@ class CompiledFunction:
         return tuple(all_sizes)
 
     def _setting(self, inputs: Sequence[Tensor], buffers: Sequence[Tensor]) -> str:
-        """Return the key as text, for packages. It omits inference mode, since packaged code works in both modes."""
+        """Describe sizes, dtypes and PyTorch settings for packages, which work with inference mode on or off."""
         fixed = [[size for i, size in enumerate(part.shape) if i not in self._dynamic_buffers] for part in buffers]
         dtypes = [str(part.dtype) for part in (*inputs, *buffers)]
         _, *settings = callers_settings(inputs[0].device.type)
@@ -192,7 +192,7 @@ class CompiledFunction:
 
 
 class _Packaged:
-    """Calls code from a package, and nests the resulting tensors like `outputs`."""
+    """Calls code from a package, and nests its output tensors like those in the example `outputs`."""
 
     def __init__(self, code: PackagedCode, outputs: Outputs) -> None:
         self._code, self._nested, self.fits = code, _nesting(outputs), code.fits
@@ -247,7 +247,7 @@ def _without_advice() -> Iterator[None]:
 
 
 def _dense(part: Tensor) -> Tensor:
-    """Return the tensor with contiguous strides. Other strides, even where a size is 1, would need new code."""
+    """Return the tensor, copied unless its strides are contiguous: for others, even of size 1, PyTorch recompiles."""
     stride, expected = 1, list[int]()
     for size in reversed(part.shape):
         expected.insert(0, stride)
@@ -256,7 +256,7 @@ def _dense(part: Tensor) -> Tensor:
 
 
 def callers_settings(device_type: str) -> tuple[Hashable, ...]:
-    """Return PyTorch settings that affect compiled code, which does not check them; as slow as a few operators."""
+    """Return PyTorch settings that change compiled code, which does not check them. As slow as a few operators."""
     return (
         torch.is_inference_mode_enabled(),
         torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type),

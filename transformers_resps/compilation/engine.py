@@ -46,7 +46,7 @@ class Code:
 
 
 class CompileEngine(ABC, Generic[Owner]):
-    """Keeps compiled code, checks it, and lends it to one call at a time. Copies and pickles leave the code out."""
+    """Keeps and checks the compiled code of an `owner`, for one call at a time. Copies and pickles omit the code."""
 
     name: ClassVar[str]  # the name of the compiled model in warnings
     duration: ClassVar[str]  # how long compiling takes, in a warning
@@ -120,7 +120,7 @@ class CompileEngine(ABC, Generic[Owner]):
 
     @property
     def packages(self) -> ModulePackages:
-        """Code stored on disk by any process for the present weights."""
+        """Stores and loads code of `module`, with its present weights, on disk, where all processes find it."""
         self._fingerprint = self._fingerprint or self.fingerprint()
         if self._packages is None:
             self._packages = ModulePackages(lambda: self.module, self.name)
@@ -129,9 +129,9 @@ class CompileEngine(ABC, Generic[Owner]):
     def run(
         self, code: Code, inputs: Sequence[Tensor], buffers: Sequence[Tensor], *, is_ready: bool = False
     ) -> Outputs | None:
-        """Run code, and call `prepare` first if sizes are new; return `None` if it fails or would have to wait.
+        """Run `code.fast`, after `prepare` if sizes are new; `None` if it fails or would have to wait for a compiler.
 
-        With `is_ready` the caller says that the code is ready for these sizes, so this is not checked.
+        With `is_ready` the caller asserts that the code is ready for these sizes, so that this does not check it.
         """
         if not self.is_broken and not is_ready and not code.fast.is_ready(inputs, buffers):
             if code not in self._missing:
@@ -147,7 +147,7 @@ class CompileEngine(ABC, Generic[Owner]):
             return None
 
     def run_packaged(self, code: Code, inputs: Sequence[Tensor], buffers: Sequence[Tensor]) -> Outputs | None:
-        """Run code from a package, without compiling; return `None` if there is no loaded package, or it fails."""
+        """Run code of a loaded package, without compiling; return `None` if no package is loaded, or if it fails."""
         if self.is_broken or not isinstance(code.fast, CompiledFunction):
             return None
         self._settings = self._settings or callers_settings(inputs[0].device.type)
@@ -294,7 +294,7 @@ def _mark(tensor: Tensor) -> tuple[object, ...]:
 
 @torch.no_grad()
 def _sampled(tensors: list[Tensor]) -> Tensor:
-    """Return the first values of each tensor in CPU memory. Those on other devices are left out: slow to copy."""
+    """Return the first values of the tensors in CPU memory, joined. Tensors on other devices are slow to copy."""
     rows: defaultdict[torch.dtype, list[Tensor]] = defaultdict(list)  # Each call of `generate` waits for this.
     for tensor in tensors:
         if tensor.device.type == "cpu" and tensor.numel():

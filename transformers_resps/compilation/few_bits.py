@@ -1,7 +1,7 @@
 """Read the weights of quantized linear layers out of the tensors of torchao and bitsandbytes.
 
-Few bits are read faster than bfloat16, and a step takes as long as reading its weights. Packaged code multiplies by
-such weights without decoding them in memory, see `native.py`; other code leaves them to their library.
+Weights of 8 or 4 bits ("few bits") are read faster than bfloat16, and a step takes as long as reading its weights.
+Packaged code multiplies by them without decoding them in memory, see `native.py`; other code calls their library.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,7 +26,7 @@ _LEAST_GROUP = 32  # A group has a multiple of this number of inputs, as an AMX 
 
 
 class Codes(IntEnum):
-    """Says which numbers codes stand for; `native.cpp` has the same list."""
+    """Kinds of codes, the integers that a quantized weight stores; `native.cpp` has the same list."""
 
     INT8 = 0  # int8 codes; the number of code c is c + 0.5, whose sign and magnitude `native.cpp` looks up
     INT4 = 1  # uint8 codes from 0 to 15; the number of code c is c - 8
@@ -53,9 +53,9 @@ Parts: TypeAlias = tuple[Tensor, Tensor, Tensor | None]
 
 @dataclass(frozen=True)
 class FewBits:
-    """The weight `[outputs, inputs]` of a linear layer: for each code, its number times a scale, plus an offset.
+    """A quantized weight `[outputs, inputs]`: each element is the number of a code times a scale, plus an offset.
 
-    Equally many neighbouring inputs share a group's scale and offset. `read` returns codes `[outputs, inputs]`, int8
+    Equally many neighbouring inputs, a group, share scale and offset. `read` returns codes `[outputs, inputs]`, int8
     or uint8, and scales and offsets `[outputs, groups]` in float32; the offsets are `None` if all are zero.
     """
 
@@ -63,12 +63,12 @@ class FewBits:
     read: Callable[[], Parts]
 
     def named(self) -> dict[str, Tensor]:
-        """Read the parts, by the names of the buffers that `exposed` makes of them."""
+        """Call `read`; return codes, scales and offsets by the names of the buffers that `exposed` makes of them."""
         return {name: part for name, part in zip(_BUFFERS, self.read(), strict=True) if part is not None}
 
 
 def numbers(codes: Tensor, kind: Codes | int) -> Tensor:
-    """Return the numbers, in float32, that codes stand for."""
+    """Convert codes of this `kind` to the numbers, in float32, for which they stand."""
     if kind == Codes.INT8:
         return codes.float() + 0.5
     return codes.float() - 8 if kind == Codes.INT4 else codes.new_tensor(NF4_VALUES, dtype=torch.float32)[codes.long()]
@@ -90,7 +90,7 @@ def _(codes: Tensor, *_: object) -> Tensor:
 def few_bits_linear(
     rows: Tensor, codes: Tensor, scales: Tensor, offsets: Tensor | None, bias: Tensor | None, kind: int
 ) -> Tensor:
-    """Compute `torch.nn.functional.linear`, `[..., inputs]` -> `[..., outputs]`, with the parts of a `FewBits`."""
+    """Compute a linear layer, `[..., inputs]` -> `[..., outputs]`, with the weight that `FewBits.read` returned."""
     return functional.linear(rows, few_bits_weight(codes, scales, offsets, kind).to(rows.dtype), bias)
 
 
@@ -101,7 +101,7 @@ def _(rows: Tensor, codes: Tensor, *_: object) -> Tensor:
 
 @torch.library.custom_op("resps::int8_scales", mutates_args=())
 def int8_scales(weight: Tensor) -> Tensor:
-    """Return the scale `[outputs, 1]` of each output that lets the codes from -128 to 127 span a bf16 weight."""
+    """Return scales `[outputs, 1]` with which the highest int8 code reaches each output's largest magnitude."""
     return weight.float().abs().amax(dim=1, keepdim=True).clamp_min(1e-30) / 127.5
 
 
@@ -112,7 +112,7 @@ def _(weight: Tensor) -> Tensor:
 
 @torch.library.custom_op("resps::int8_codes", mutates_args=())
 def int8_codes(weight: Tensor) -> Tensor:
-    """Round a bf16 weight to codes for `int8_scales`, whose numbers are the halves between integers."""
+    """Divide a bf16 weight by its `int8_scales`, and round it to int8 codes: code c stands for c + 0.5."""
     return (weight.float() / int8_scales(weight)).floor().clamp(-128, 127).to(torch.int8)
 
 
@@ -123,7 +123,7 @@ def _(weight: Tensor) -> Tensor:
 
 @torch.library.custom_op("resps::int4_scales", mutates_args=())
 def int4_scales(weight: Tensor, groups: int) -> Tensor:
-    """Return the scale `[outputs, groups]` that turns a group's largest weight into -8, as llama.cpp's Q4_0 does."""
+    """Return scales `[outputs, groups]` that divide each group's largest weight to -8, as in llama.cpp's Q4_0."""
     parts = weight.float().unflatten(1, (groups, -1))
     scales = parts.gather(-1, parts.abs().argmax(dim=-1, keepdim=True))[..., 0] / -8
     return torch.where(scales == 0, 1e-30, scales)
@@ -136,7 +136,7 @@ def _(weight: Tensor, groups: int) -> Tensor:
 
 @torch.library.custom_op("resps::int4_codes", mutates_args=())
 def int4_codes(weight: Tensor, groups: int) -> Tensor:
-    """Round a bf16 weight to codes from 0 to 15 for `int4_scales`."""
+    """Divide a bf16 weight by its `int4_scales`, and round it to codes from 0 to 15: code c stands for c - 8."""
     parts = weight.float().unflatten(1, (groups, -1)) / int4_scales(weight, groups)[..., None]
     return (parts.round().clamp(-8, 7) + 8).to(torch.uint8).flatten(1)
 
@@ -147,9 +147,9 @@ def _(weight: Tensor, groups: int) -> Tensor:
 
 
 def rounding(weight: Tensor, bits: int) -> tuple[Codes, *tuple[int, ...]]:
-    """Return the kind of codes to which a bf16 weight is rounded, and for 4 bits the number of groups of inputs.
+    """Return to which kind of codes a bf16 weight is rounded if the user asks for `bits`, and for INT4 its groups.
 
-    With 4 bits, output heads and layers that cannot be divided into groups are rounded to 8.
+    With `bits` 4, output heads and layers whose inputs cannot be divided into groups are still rounded to 8 bits.
     """
     outputs, inputs = weight.shape
     if bits == 4 and outputs < _OUTPUT_HEAD and inputs % _GROUP == 0:
@@ -159,10 +159,10 @@ def rounding(weight: Tensor, bits: int) -> tuple[Codes, *tuple[int, ...]]:
 
 @torch.library.custom_op("resps::pack_codes", mutates_args=())
 def pack_codes(codes: Sequence[Tensor], kind: int, is_gated: bool) -> Tensor:
-    """Rearrange the codes of layers with the same inputs for `packed_few_bits`.
+    """Join the codes `[outputs, inputs]` of layers with the same inputs, and reorder them for `packed_few_bits`.
 
-    The result is `[blocks, lines, 64]` uint8. A block has 32 outputs, the last ones padded, and a line their codes for
-    two inputs (int8: sign and magnitude) or four. With `is_gated`, half of each block is of the first of two layers.
+    The result is `[blocks, lines, 64]` uint8. A block has 32 outputs; the last block is padded. A line has their codes
+    for two inputs (8 bits: as sign and magnitude) or four (4 bits). For `is_gated` see `in_blocks`.
     """
     blocks = in_blocks(codes, is_gated=is_gated)
     if kind == Codes.INT8:
@@ -184,9 +184,9 @@ def _(codes: Sequence[Tensor], kind: int, is_gated: bool) -> Tensor:
 
 @torch.library.custom_op("resps::pack_factors", mutates_args=())
 def pack_factors(factors: Sequence[Tensor], is_gated: bool) -> Tensor:
-    """Rearrange scales or offsets `[outputs, groups]` like `pack_codes`, to `[blocks, groups, 32]`.
+    """Join layers' scales or offsets `[outputs, groups]` to `[blocks, groups, 32]`, with the blocks of `pack_codes`.
 
-    Raises a `RuntimeError` if one is not finite.
+    Raises a `RuntimeError` if a value is not finite.
     """
     if not all(bool(part.isfinite().all()) for part in factors):
         raise RuntimeError("a scale of its quantized weights is not finite")
@@ -210,9 +210,9 @@ def packed_few_bits(
     is_gated: bool,
     tiles_from: int,
 ) -> Tensor:
-    """Multiply bf16 rows by packed weights of few bits, `[..., inputs]` -> `[..., width]`, in packaged code alone.
+    """In packaged code, multiply bf16 rows by weights from `pack_codes` and `pack_factors`; return `[..., width]`.
 
-    With `is_gated` the result is `silu(gate(rows)) * up(rows)`. For `tiles_from` see `Choice`.
+    With `is_gated`, it returns `silu(first(rows)) * second(rows)` of two packed layers. For `tiles_from` see `Choice`.
     """
     raise NotImplementedError("native.cpp has the only implementation")
 
@@ -225,7 +225,7 @@ def _(
 
 
 def in_blocks(parts: Sequence[Tensor], *, is_gated: bool) -> Tensor:
-    """Join matrices `[outputs, n]` to blocks `[blocks, 32, n]`, padded by zeros.
+    """Join the matrices `parts` `[outputs, n]` to blocks of 32 outputs, `[blocks, 32, n]`, padded by zeros.
 
     With `is_gated`, each block has 16 outputs of the first of two parts, then 16 of the second.
     """
@@ -237,9 +237,9 @@ def in_blocks(parts: Sequence[Tensor], *, is_gated: bool) -> Tensor:
 
 
 def few_bits(layer: nn.Module) -> FewBits | None:
-    """Return a layer's weight of 8 or 4 bits, which is read later, or `None` if the layer has another weight.
+    """Return a layer's weight if it has 8 or 4 bits, else `None`. Only `FewBits.read` then reads its codes.
 
-    Only weights whose layer computes in bfloat16 on a CPU are recognised, by the names of their classes.
+    Weights are recognised by the names of their classes, and only in layers that compute in bfloat16 on a CPU.
     """
     weight: Any = layer._parameters.get("weight")
     kind = type(weight)
@@ -248,7 +248,7 @@ def few_bits(layer: nn.Module) -> FewBits | None:
 
 
 def unread_weights(model: PreTrainedModel) -> list[str]:
-    """Return the names of the classes of weights, quantized or sharded, that compiled code cannot read here."""
+    """Return the class names of quantized or sharded weights that compiled code cannot read on this machine."""
     is_served = reads_few_bits() and model.dtype is torch.bfloat16  # a cast changes the model, but few such weights
     known = {id(layer.weight) for layer in model.modules() if is_served and few_bits(layer) is not None}
     odd = (weight for weight in model.parameters() if type(weight) is not nn.Parameter and id(weight) not in known)
@@ -256,18 +256,18 @@ def unread_weights(model: PreTrainedModel) -> list[str]:
 
 
 def _int8_tensor(weight: Any) -> FewBits | None:
-    """Recognise torchao's `Int8Tensor`."""
+    """Convert torchao's `Int8Tensor`; return `None` if its layer also quantizes or scales the inputs."""
     return _integers(weight, weight.qdata, bits=8) if _takes_plain_inputs(weight) else None
 
 
 def _intx_tensor(weight: Any) -> FewBits | None:
-    """Recognise torchao's `IntxUnpackedToInt8Tensor`, whose integers of up to 8 bits are stored as int8."""
+    """Convert torchao's `IntxUnpackedToInt8Tensor`, which has int8 of up to 8 bits; `None` if inputs are quantized."""
     bits = int(str(weight.target_dtype).removeprefix("torch.int"))
     return _integers(weight, weight.qdata, bits=bits) if _takes_plain_inputs(weight) else None
 
 
 def _integers(weight: Any, integers: Tensor, *, bits: int) -> FewBits | None:
-    """Recognise `(integers - zero_point) * scale`; `block_size` has the numbers of outputs and inputs of a scale."""
+    """Convert a weight `(integers - zero_point) * scale`; return `None` if its groups do not fit `FewBits`."""
     if integers.dim() != 2 or weight.dtype is not torch.bfloat16:
         return None
     (outputs, inputs), (height, width) = integers.shape, weight.block_size
@@ -286,7 +286,7 @@ def _integers(weight: Any, integers: Tensor, *, bits: int) -> FewBits | None:
 
 
 def _opaque_tensor(weight: Any) -> FewBits | None:
-    """Recognise torchao's `Int4OpaqueTensor`, whose codes PyTorch has packed for this processor."""
+    """Convert torchao's `Int4OpaqueTensor`, whose codes PyTorch packs for this CPU; `None` if they do not fit."""
     inputs, (height, width) = weight.shape[1], weight.block_size
     is_plain = _takes_plain_inputs(weight) and weight.dtype is torch.bfloat16
     if not is_plain or height != 1 or not _has_groups(inputs, width):
@@ -305,7 +305,7 @@ def _opaque_tensor(weight: Any) -> FewBits | None:
 
 
 def _params_4bit(weight: Any) -> FewBits | None:
-    """Recognise the NF4 weight of bitsandbytes; its first forward packs it for this processor."""
+    """Convert bitsandbytes' NF4 weight, which the layer's first forward packs for this CPU; `None` for other kinds."""
     state = weight.quant_state
     if state is None or state.quant_type != "nf4" or state.dtype is not torch.bfloat16:
         return None
@@ -347,7 +347,7 @@ _KNOWN: Mapping[str, Callable[[Any], FewBits | None]] = {  # by package and clas
 
 
 def named_weights(module: nn.Module) -> dict[str, Tensor]:
-    """Return parameters and buffers by name, and in place of a weight of few bits the buffers of `exposed`."""
+    """Return a module's parameters and buffers by name, with those buffers that `exposed` puts in place of weights."""
     made, read = dict[str, Tensor](), dict[str, FewBits]()
     for name, layer in module.named_modules(remove_duplicate=False):
         weight = few_bits(layer)
@@ -364,9 +364,9 @@ def named_weights(module: nn.Module) -> dict[str, Tensor]:
 
 @contextmanager
 def exposed(module: nn.Module) -> Iterator[None]:
-    """Inside the `with` block, let layers with weights of few bits call our operator on plain buffers.
+    """Inside the `with` block, let layers with weights of few bits compute `few_bits_linear` from plain buffers.
 
-    `torch.export` then traces no code of a library. The layers are as before after the block.
+    `torch.export` then traces no code of torchao or bitsandbytes. After the block the layers are as before.
     """
     changed = list[tuple[nn.Module, dict[str, Any]]]()
     try:

@@ -1,4 +1,4 @@
-"""Choose the kernels that packaged code calls, by timing all kernels that this machine can run.
+"""Choose the kernels (code for matrix products and attention) of packaged code, by timing all that can run here.
 
 Our kernels are in `native.cpp`; "onednn" means PyTorch's own. The instruction set decides which kernels can run, but
 not which are fast. On two cores with AMX our kernels were faster than oneDNN's for 1 to 512 rows, and 16 rows took as
@@ -57,7 +57,7 @@ _WORTH = log(1.2)
 
 
 class Choice(NamedTuple):
-    """Says which kernel to use: our vector kernel for few rows, our tile kernel for more, oneDNN for the most."""
+    """Numbers of rows at which products change from our vector kernel to our AMX tile kernel, and then to oneDNN's."""
 
     tiles_from: int  # minimum number of rows for our kernel with AMX tiles
     library_from: int  # minimum number of rows for oneDNN; for attention 1 or `NEVER`
@@ -75,7 +75,7 @@ class Kernels(NamedTuple):
 
     @classmethod
     def only(cls, name: str) -> "Kernels":
-        """Choose the kernel `name` for any number of rows."""
+        """Choose the kernel `name` for linear layers and attention with any number of rows."""
         choice = Choice(1 if name == TILES else NEVER, 1 if name == ONEDNN else NEVER)
         return cls(choice, choice)
 
@@ -90,7 +90,7 @@ class Products:
 
 @cache
 def our_kernels() -> tuple[str, ...]:
-    """Return the kernels of `native.cpp` that this process can run, the best one last."""
+    """Return the names of the kernels in `native.cpp` that this process can run, the fastest last."""
     flags = cpu_flags() if sys.platform == "linux" else set()
     if VECTORS not in flags:
         return ()
@@ -108,13 +108,13 @@ def reads_few_bits() -> bool:
 
 
 def few_bits_kernel() -> Choice:
-    """Return the kernel for weights of few bits, for any number of rows: the demanded one, else the best of ours."""
+    """Return the kernel for weights of few bits, for any number of rows: `demanded_kernel`, else our fastest."""
     return Kernels.only(demanded_kernel() or our_kernels()[-1]).linear
 
 
 @cache
 def demanded_kernel() -> str | None:
-    """Return the kernel named by the variable `RESPS_KERNELS`, or `None` if there is none that can run."""
+    """Return the kernel that the variable `RESPS_KERNELS` names; `None` if it is unset or the kernel cannot run."""
     asked, known = os.environ.get(VARIABLE, ""), (ONEDNN, VECTORS, TILES)
     if not asked:
         return None
@@ -129,7 +129,7 @@ def demanded_kernel() -> str | None:
 
 @cache
 def chosen_kernels(products: Products, *, alike: bool) -> Kernels:
-    """Choose the kernels of a program by timing its matrix products.
+    """Choose the kernels of a program: `demanded_kernel` if possible, else by timing its matrix products.
 
     With `alike`, one of our kernels computes all products, so that a row's bits do not depend on the other rows.
     """
@@ -146,7 +146,7 @@ def chosen_kernels(products: Products, *, alike: bool) -> Kernels:
 
 
 class Trial:
-    """Makes functions that run each kernel, for timing, on more weights than caches hold. `ours` names our kernels."""
+    """Makes functions to time, each of which runs one kernel on more weights than caches hold. `ours`: our kernels."""
 
     def __init__(self, ours: Sequence[str]) -> None:
         self.names = (*ours, ONEDNN)
@@ -154,7 +154,7 @@ class Trial:
         self._weights = torch.ones(_BYTES // 2, dtype=torch.bfloat16)
 
     def linear(self, layers: Sequence[tuple[int, int]], rows: int) -> dict[str, Callable[[], object]]:
-        """Return a function for each kernel, which multiplies rows by layers' weights, within `_BYTES` and `_WORK`."""
+        """Return for each kernel a function that multiplies rows by weights of these `layers` (inputs, outputs)."""
         calls, known = list[tuple[Tensor, Tensor, Tensor]](), -1
         place, left = 0, min(_BYTES // 2, _WORK // rows)
         while left > 0 and len(calls) > known:
@@ -197,7 +197,7 @@ class Trial:
 
 @torch.no_grad()
 def timed_kernels(products: Products, trial: Trial, clock: Callable[[], float] = time.perf_counter) -> Kernels:
-    """Time each kernel with these matrix products, and return which kernels to use."""
+    """Time each kernel on these products, by the functions of `trial`, and return which kernels to use."""
     timed = partial(_timed, clock=clock, end=clock() + _SECONDS)
     linear = fastest({rows: timed(trial.linear(products.linear, rows)) for rows in _ROWS})
     attention = Choice(linear.tiles_from, NEVER)
@@ -209,7 +209,7 @@ def timed_kernels(products: Products, trial: Trial, clock: Callable[[], float] =
 
 
 def fastest(tried: Mapping[int, Mapping[str, float]]) -> Choice:
-    """Choose the kernel for each number of rows, given each kernel's seconds at ascending numbers of rows.
+    """Choose the kernel for each number of rows; `tried` has each kernel's seconds at ascending numbers of rows.
 
     A second kernel is used, ours or oneDNN's, only if it saves at least `_WORTH` over the first kernel alone.
     """
@@ -235,7 +235,7 @@ def fastest(tried: Mapping[int, Mapping[str, float]]) -> Choice:
 
 
 def _timed(calls: Mapping[str, Callable[[], object]], clock: Callable[[], float], end: float) -> dict[str, float]:
-    """Return the shortest time of each call. Calls are timed in turn, so that other programs disturb all equally."""
+    """Return each call's shortest time. Calls take turns, so that other programs slow all of them down equally."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for repeat in range(_REPEATS):
         for name, call in calls.items() if not repeat or clock() < end else ():
@@ -247,7 +247,7 @@ def _timed(calls: Mapping[str, Callable[[], object]], clock: Callable[[], float]
 
 @cache
 def kernels_alone(defined: str = "") -> ctypes.CDLL:
-    """Compile `native.cpp` alone into a library, once in a process; this takes some seconds.
+    """Compile `native.cpp` alone into a library, and load it, once in a process; this takes some seconds.
 
     `defined` is a macro to define in tests. Raises an `OSError` without a compiler, a `SubprocessError` if it fails.
     """

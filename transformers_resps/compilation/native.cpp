@@ -1,8 +1,8 @@
-// Operators for bfloat16 with AVX512-BF16, with or without AMX; weights may have 8 or 4 bits (with AVX512-VBMI). native.py puts them into the C++ of packaged code, and
-// says what they compute. kernels.py also compiles them alone, to time and to test them. From `tiles_from` rows on,
-// AMX's tiles multiply, if the process may use them. A row's bits do not depend on the other rows, but tiles give other
-// bits than vectors. Inductor puts "extern" before this file, inside extern "C": so a declaration must come first, and
-// there can be no templates.
+// Operators for bfloat16 with AVX512-BF16, with or without AMX; weights may have 8 or 4 bits (with AVX512-VBMI).
+// native.py says what they compute, and puts them into packaged code. kernels.py compiles them alone, to time and test
+// them. From `tiles_from` rows on, AMX's tiles multiply, if the process may use them. A row's bits do not depend on the
+// other rows, but tiles give other bits than vectors. Inductor puts "extern" before this file, inside extern "C": so a
+// declaration must come first, and there can be no templates.
 AOTITorchError aoti_torch_cpu_bf16_linear(
     AtenTensorHandle rows, AtenTensorHandle packed, AtenTensorHandle* bias, AtenTensorHandle* weight, int64_t width,
     int64_t tiles_from, int64_t library_from, AtenTensorHandle* result);

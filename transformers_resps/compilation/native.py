@@ -163,7 +163,7 @@ def _(query: Tensor, key: Tensor, value: Tensor, *_: object) -> Tensor:
 
 
 def native_operators() -> Mapping[_Operator, list[str]]:
-    """Map each of our operators to C++ source to include in generated code; the first has the source of all others."""
+    """Map our operators to C++ source that inductor includes: `native.cpp` for the first, nothing for the others."""
     operators = torch.ops.resps
     first, *others = (
         operators.bf16_linear,
@@ -176,7 +176,7 @@ def native_operators() -> Mapping[_Operator, list[str]]:
 
 
 def attends_natively(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
-    """Whether our attention operators should be called: only for packaged code are they faster. `mask` may be bool."""
+    """Whether to call our attention operators: only while `torch.export` traces packaged code. `mask` may be bool."""
     states = query, key, value
     return (
         torch.compiler.is_exporting()
@@ -193,7 +193,7 @@ def keeps_rows_apart(dtype: torch.dtype) -> bool:
 
 
 def use_native(program: ExportedProgram, *, alike: bool, bits: int = 16) -> Kernels:
-    """Change a program in place so that it calls our operators, and return the kernels chosen for it.
+    """Change an exported program in place so that it calls our operators; return the kernels chosen for it.
 
     All linear layers with the same input become one operator. With `alike`, the result of a row must not depend on
     other rows. Weights in bf16 are rounded to `bits` (8 or 4) if our kernels can read them.
@@ -326,7 +326,7 @@ def _is_served(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool
 
 
 def _fuse_gated(graph: Graph, layers: list[Node], layout: _Layout, choice: Choice) -> bool:
-    """Replace `silu(gate(x)) * up(x)` by one operator; return false if `layers` do not compute this."""
+    """If the `layers` are gate and up of `silu(gate(x)) * up(x)`, replace this by one operator; else return false."""
     if len(layers) != 2 or layout.has_bias or any(len(layer.users) != 1 for layer in layers):
         return False
     aten = torch.ops.aten
@@ -347,7 +347,7 @@ def _fuse_gated(graph: Graph, layers: list[Node], layout: _Layout, choice: Choic
 
 
 def _library_weight(graph: Graph, weights: list[Argument], choice: Choice) -> Argument:
-    """Return a node that joins the weights for oneDNN; `None` if oneDNN is never used."""
+    """Return a node with all the weights joined, which oneDNN reads; `None` if oneDNN is never used."""
     if choice.library_from == NEVER or len(weights) == 1:
         return None if choice.library_from == NEVER else weights[0]
     return _call(graph, torch.ops.aten.cat.default, weights)
@@ -368,7 +368,7 @@ def _join(graph: Graph, layers: list[Node], choice: Choice) -> None:
 
 
 def _multiply(graph: Graph, layers: list[Node], choice: Choice, *, is_gated: bool) -> Node:
-    """Insert one operator for all layers; with `is_gated` for `silu(first) * second`, whose layers have no bias."""
+    """Insert and return one operator for all layers, or with `is_gated` for `silu(first) * second` without biases."""
     operators, rows = torch.ops.resps, layers[0].args[0]
     width = _value(layers[0]).shape[-1] if is_gated else sum(_value(layer).shape[-1] for layer in layers)
     is_few_bits = layers[0].target is operators.few_bits_linear.default

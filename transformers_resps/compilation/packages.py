@@ -87,7 +87,7 @@ class StoredPackage:
 
 
 def stored_packages(folder: Path) -> list[StoredPackage]:
-    """List all packages in a folder, the last used first. A damaged package gets "damaged" as its `model`."""
+    """List all packages in a folder, the most recently used first. A damaged one has "damaged" as its `model`."""
     packages = []
     for path in folder.glob("*/*"):
         about = (_manifest(path) or {}).get("identity", {})
@@ -147,7 +147,7 @@ class ModulePackages:
         return any((_manifest(path) or {}).get("identity", {}).get("code") == code for path in paths)
 
     def load(self, code: str, setting: str) -> "PackagedCode | None":
-        """Load the package of `code` for this `setting`, or return `None`; a package that does not fit is removed."""
+        """Load the code that `compile` stored as `code` and `setting`, or return `None`; remove an unfit package."""
         path = self._path(code, setting)
         if path is None or not path.is_dir():
             return None
@@ -160,7 +160,7 @@ class ModulePackages:
         return loaded
 
     def discard(self, code: str, setting: str, reason: str) -> None:
-        """Remove the package, and log the `reason` as a warning."""
+        """Remove the package that `compile` stored as `code` and `setting`, and log the `reason` as a warning."""
         path = self._path(code, setting)
         assert path is not None
         logger.warning(f"Stored code of {self._name} is not used and compiled again: {reason} ({path}).")
@@ -188,7 +188,7 @@ class ModulePackages:
         return loaded
 
     def _keep(self, made: Path, code: str, setting: str) -> None:
-        """Move a package into the folder atomically: other processes see the whole package or no package."""
+        """Copy the package `made` into the folder atomically: other processes see the whole package or none."""
         path = self._path(code, setting)
         if path is None:
             return
@@ -275,12 +275,12 @@ class PackagedCode:
 
 
 def _loader(path: Path) -> "torch._C._aoti.AOTIModelPackageLoader":
-    """Load code, which only one caller at a time may run. PyTorch's `aoti_load_package` would run a C++ compiler."""
+    """Load the code at `path` for one caller at a time. PyTorch's `aoti_load_package` would run a C++ compiler."""
     return torch._C._aoti.AOTIModelPackageLoader(str(path), "model", True, 1, -1)
 
 
 def _compile(module: nn.Module, job: CompileJob, path: Path, bar: Any) -> _Manifest:
-    """Compile a function and write its code to `path`; return its manifest entries. `bar` shows the progress."""
+    """Compile the function of `job`, write its code to `path`, return its manifest entries; `bar` shows progress."""
     sizes = tuple(
         {dimension: torch.export.Dim.DYNAMIC for dimension in changing if part.shape[dimension] > 1}
         for part, changing in zip(job.tensors, job.dynamic, strict=True)
@@ -313,7 +313,7 @@ class _Writer:
     def write_parts(
         self, program: ExportedProgram, parts: Sequence[ProgramPart], weights: Mapping[str, Tensor], bar: Any
     ) -> _Manifest:
-        """Compile and write all parts of a program. Equal parts are compiled only once."""
+        """Compile and write all parts of a program, equal parts only once; return the manifest entries."""
         bar.total = 1 + len({part.likeness for part in parts})
         places = {node: place for place, node in enumerate(_inputs(program))}
         sizes = {
@@ -478,7 +478,7 @@ class _Recipes:
 
 
 def _made(recipe: _Json, weights: Mapping[str, Tensor]) -> Any:
-    """Follow a recipe: return the constant, or the operator's argument, that it describes."""
+    """Make from `weights` what a recipe describes: a constant, or the argument of an operator in a recipe."""
     if isinstance(recipe, list):
         return [_made(part, weights) for part in recipe]
     if not isinstance(recipe, dict):
@@ -523,7 +523,7 @@ def _check_private(path: Path) -> None:
 
 
 def _about(module: nn.Module) -> dict[str, str]:
-    """Return texts that describe what a module's code depends on, except for the function and most weight values."""
+    """Describe by name what a module's code depends on, except for the compiled function and most weight values."""
     weights = {
         name: (list(part.shape), str(part.dtype), _sampled_values(part))
         for name, part in named_weights(module).items()

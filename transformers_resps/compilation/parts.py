@@ -59,7 +59,7 @@ def parts_of(program: ExportedProgram) -> list[ProgramPart]:
 
 
 def exported_part(program: ExportedProgram, part: ProgramPart) -> ExportedProgram:
-    """Export a part as a program whose weights are named by numbers.
+    """Export one part of `program` as a program of its own, whose weights are named "w0", "w1" and so on.
 
     Raises an `UncuttableError` if the part cannot be traced alone, for instance if a dynamic size is 1 in the example.
     """
@@ -89,7 +89,7 @@ def exported_part(program: ExportedProgram, part: ProgramPart) -> ExportedProgra
 
 
 def weight_names(program: ExportedProgram) -> Mapping[str, str]:
-    """Map the graph placeholder of each weight and constant to the weight's name in the module."""
+    """Map the name of each weight's or constant's placeholder in the graph to the name in the exported module."""
     signature = program.graph_signature
     return {
         **signature.inputs_to_parameters,
@@ -105,7 +105,7 @@ def _weight_of(program: ExportedProgram, placeholder: Node) -> Tensor:
 
 
 def _stretches(graph: Graph) -> Iterator[list[Node]]:
-    """Yield the nodes before the first layer, those of each layer, and those after the last."""
+    """Yield the nodes before the first layer, the nodes of each layer, and the nodes after the last layer."""
     numbered = [(node, _layer_of(node)) for node in graph.nodes if node.op == "call_function" and not _asserts(node)]
     lists = Counter(name for name, _ in {layer for _, layer in numbered if layer is not None})
     if not lists:
