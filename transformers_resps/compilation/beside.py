@@ -25,7 +25,7 @@ _RUN = f"import os; os.nice({_NICENESS}); from transformers_resps.tools.cli impo
 
 
 def _with_settings(script: str) -> str:
-    """Let a script begin with this process's settings of inductor, which code depends on: torchao changes some."""
+    """Prepend this process's inductor settings to `script`: compiled code depends on them, torchao changes some."""
     changed = torch._inductor.config.codegen_config()
     return f"import torch._inductor.config\n{changed}\n{script}" if changed else script
 

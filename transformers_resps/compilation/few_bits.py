@@ -26,7 +26,7 @@ _LEAST_GROUP = 32  # A group has a multiple of this number of inputs, as an AMX 
 
 
 class Codes(IntEnum):
-    """Kinds of codes, the integers that a quantized weight stores; `native.cpp` has the same list."""
+    """Kinds of codes, the integers stored for a weight: says for which number each code stands, as in `native.cpp`."""
 
     INT8 = 0  # int8 codes; the number of code c is c + 0.5, whose sign and magnitude `native.cpp` looks up
     INT4 = 1  # uint8 codes from 0 to 15; the number of code c is c - 8
@@ -76,7 +76,7 @@ def numbers(codes: Tensor, kind: Codes | int) -> Tensor:
 
 @torch.library.custom_op("resps::few_bits_weight", mutates_args=())
 def few_bits_weight(codes: Tensor, scales: Tensor, offsets: Tensor | None, kind: int) -> Tensor:
-    """Return in bf16 the weight whose parts are those of a `FewBits`."""
+    """Return the bf16 weight `[outputs, inputs]` that the parts of a `FewBits` describe."""
     weight = numbers(codes, kind).unflatten(1, (scales.shape[1], -1)) * scales[..., None]
     return (weight if offsets is None else weight + offsets[..., None]).flatten(1).bfloat16()
 
@@ -123,7 +123,7 @@ def _(weight: Tensor) -> Tensor:
 
 @torch.library.custom_op("resps::int4_scales", mutates_args=())
 def int4_scales(weight: Tensor, groups: int) -> Tensor:
-    """Return scales `[outputs, groups]` that divide each group's largest weight to -8, as in llama.cpp's Q4_0."""
+    """Return scales `[outputs, groups]`: a group's largest weight divided by its scale is -8 (llama.cpp's Q4_0)."""
     parts = weight.float().unflatten(1, (groups, -1))
     scales = parts.gather(-1, parts.abs().argmax(dim=-1, keepdim=True))[..., 0] / -8
     return torch.where(scales == 0, 1e-30, scales)
@@ -248,7 +248,7 @@ def few_bits(layer: nn.Module) -> FewBits | None:
 
 
 def unread_weights(model: PreTrainedModel) -> list[str]:
-    """Return the class names of quantized or sharded weights that compiled code cannot read on this machine."""
+    """Return class names of the model's quantized or sharded weights that compiled code cannot read on this CPU."""
     is_served = reads_few_bits() and model.dtype is torch.bfloat16  # a cast changes the model, but few such weights
     known = {id(layer.weight) for layer in model.modules() if is_served and few_bits(layer) is not None}
     odd = (weight for weight in model.parameters() if type(weight) is not nn.Parameter and id(weight) not in known)
@@ -261,7 +261,7 @@ def _int8_tensor(weight: Any) -> FewBits | None:
 
 
 def _intx_tensor(weight: Any) -> FewBits | None:
-    """Convert torchao's `IntxUnpackedToInt8Tensor`, which has int8 of up to 8 bits; `None` if inputs are quantized."""
+    """Convert torchao's `IntxUnpackedToInt8Tensor` of up to 8 bits; return `None` if the layer quantizes inputs."""
     bits = int(str(weight.target_dtype).removeprefix("torch.int"))
     return _integers(weight, weight.qdata, bits=bits) if _takes_plain_inputs(weight) else None
 

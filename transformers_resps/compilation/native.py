@@ -257,7 +257,7 @@ def _bf16_layers(program: ExportedProgram) -> Iterator[tuple[Node, Node, list[No
 
 
 def _round_weights(program: ExportedProgram, bits: int) -> None:
-    """Make linear layers with bf16 weights, and int8 ones if `bits` is 4, multiply by weights rounded to `bits`."""
+    """Let linear layers multiply by weights rounded to `bits`: layers with bf16 weights, for 4 bits also int8 ones."""
     graph, operators = program.graph, torch.ops.resps
     first = next(node for node in graph.nodes if node.op != "placeholder")  # joined layers read all weights there
     rounds = {
