@@ -37,7 +37,7 @@ class Written:
 
 @dataclass(frozen=True, slots=True)
 class ModelUnderTest:
-    """A model, and the head and policy that must not change its output."""
+    """Generates a model's output without drafts, and with the head and policy, which must not change this output."""
 
     model: Any  # the user's object, perhaps a PEFT model
     head: DraftSource | None  # `None` drafts only by lookup
@@ -50,7 +50,7 @@ class ModelUnderTest:
         return unwrapped(self.model)
 
     def plain(self, prompts: Sequence[Tensor], seed: int = 0, **settings: Any) -> Written:
-        """Generate the reference output: with unchanged Transformers or, in the exact mode, with plain decoding."""
+        """Generate the reference output: by Transformers alone or, in the exact mode, by our plain steps."""
         torch.manual_seed(seed)
         if not self.invariant:
             with detached(self.model):
@@ -92,12 +92,12 @@ class ModelUnderTest:
 
     @contextmanager
     def undisturbed(self) -> Iterator[None]:
-        """Attach the model in evaluation mode; at the end restore the model and the global random generators."""
+        """Attach the model in evaluation mode for a `with` block; then restore it and the global random generators."""
         with self._forked(), SpeculationDefaults.suspended(), evaluation_mode(self.model), attached(self.model):
             yield
 
     def without_settings(self) -> AbstractContextManager[None]:
-        """Replace the model's generation settings by the defaults, without logits processors and end tokens."""
+        """For a `with` block, give the model default generation settings, without logits processors and end tokens."""
         holders = dict.fromkeys((self.model, self.target))  # a PEFT model has its own settings
         changes = [Change(holder, "generation_config", lambda own: GenerationConfig()) for holder in holders]
         return lent.holding(*changes)
@@ -116,7 +116,7 @@ PENALISED = SAMPLED | {"temperature": 0.4, "repetition_penalty": 1.3}
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """An output that differs from plain output."""
+    """A speculative output that differs from the plain output for the same prompt and seed."""
 
     prompt: int  # index of the prompt
     seed: int  # 0 for greedy outputs
@@ -130,7 +130,7 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class TextCheck:
-    """Result of comparing outputs with one decoding setting."""
+    """Result of comparing speculative outputs with plain outputs, under one decoding setting."""
 
     name: str  # the decoding setting
     answers: int  # number of compared outputs
@@ -167,7 +167,7 @@ class TextCheck:
 
 @dataclass(frozen=True, slots=True)
 class ComparedCall:
-    """One call of `generate` that is compared."""
+    """A prompt and settings, with which `compare` generates a plain and a speculative output."""
 
     index: int  # index of the prompt
     prompt: Tensor  # [s]
@@ -178,10 +178,10 @@ class ComparedCall:
 def compare(
     model: ModelUnderTest, name: str, batches: Sequence[Sequence[ComparedCall]], *, alone: bool = False
 ) -> TextCheck:
-    """Compare speculative output to plain output for batches of calls; a batch has one seed and one set of settings.
+    """Compare speculative output to plain output for each batch of calls, which share their seed and settings.
 
     In half precision a batch of several calls must be greedy, because a single row's random draw cannot be repeated.
-    With `alone`, for the exact mode, the reference output is written for each prompt alone and in one chunk.
+    With `alone`, in the exact mode, the plain output is generated for each prompt alone, with the prompt in one chunk.
     """
     differences, mismatches, tokens, forwards = [], [], 0, 0
     for calls in batches:
@@ -205,7 +205,7 @@ def compare(
 
 
 def _mismatches_beside(plain: Written, own: Written) -> list[str]:
-    """If the outputs are equal, describe other differences: padding, and the random generator's state."""
+    """If plain and speculative outputs are equal, describe differences of padding and random generator state."""
     if not all(map(torch.equal, plain.outputs, own.outputs)):
         return []
     equal = {
@@ -216,7 +216,7 @@ def _mismatches_beside(plain: Written, own: Written) -> list[str]:
 
 
 def _first_difference(model: ModelUnderTest, call: ComparedCall, plain: Tensor, own: Tensor) -> Difference | None:
-    """Return the first difference of two outputs, with `Divergence.needed` computed; `None` if they are equal."""
+    """Return where the output `own` first differs from `plain`, with `Divergence.needed`; `None` if they are equal."""
     divergence = explain_divergence(model.target, call.prompt, plain, own, invariant=model.invariant)
     if divergence is None:
         return None

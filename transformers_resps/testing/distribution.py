@@ -27,7 +27,7 @@ from .comparison import SAMPLED, ModelUnderTest
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """One token of an output, and the predictions of target and drafter at its position."""
+    """One token of an output, and what target and drafter predicted for its position."""
 
     token: int
     probs: Tensor  # [v] fp32, the target's distribution given the prefix
@@ -36,7 +36,7 @@ class Place:
 
 
 class DraftReader:
-    """Computes a target's distributions, and the drafts of `source`; if `source` is `None`, prompt lookup drafts."""
+    """Computes, for given texts, a target's distributions and the drafts of `source` (`None`: of prompt lookup)."""
 
     def __init__(self, target: PreTrainedModel, source: DraftSource | None) -> None:
         self._target, self._source = target, source or SuffixMemory()
@@ -51,7 +51,7 @@ class DraftReader:
         return [Place(token, probs[place], *drafted[place]) for place, token in enumerate(output.tolist())]
 
     def _drafted(self, text: Tensor, start: int, drafts: int) -> list[tuple[list[int], list[float]]]:
-        """Draft one level after each token from `start` to the last but one; return tokens and their probabilities."""
+        """Draft up to `drafts` candidates for each token of `text` after `start`; return these and their probs."""
         request = DraftRequest(TreeShape(drafts + 1, 1, drafts, lookup=1))
         root = torch.zeros(1, 1, dtype=torch.long, device=text.device)
         levels, observed = [], 0
@@ -103,7 +103,7 @@ class Fit:
 
 
 def goodness_of_fit(probabilities: Tensor, bins: Tensor) -> Fit:
-    """Test the bins `[t]` into which tokens fell against the bins' `probabilities` `[t, bins]`."""
+    """Test whether the `bins` `[t]`, into which t sampled tokens fell, follow their `probabilities` `[t, bins]`."""
     probabilities = probabilities.double()
     observed = torch.bincount(bins, minlength=probabilities.shape[1]).double()
     expected = probabilities.sum(0)
@@ -121,7 +121,7 @@ def goodness_of_fit(probabilities: Tensor, bins: Tensor) -> Fit:
 
 
 def _pooling(covariance: Tensor) -> Tensor:
-    """Merge bins with too little variance; return a matrix of 0 and 1 `[merged bins, bins]`."""
+    """Decide which bins to merge, for enough variance; return a matrix of 0 and 1 `[merged bins, bins]`."""
     groups = [[index] for index in range(len(covariance))]
 
     def variance(group: list[int]) -> float:
@@ -178,7 +178,7 @@ class DistributionCheck:
 
 
 def check_distribution(model: ModelUnderTest, prompts: Sequence[Tensor], count: int) -> DistributionCheck:
-    """Generate `count` outputs of `TOKENS` tokens, for the prompts `[s]` in turn, each with its own seed; test them.
+    """Sample `count` outputs of `TOKENS` tokens, for the prompts `[s]` in turn, each with its own seed; test them.
 
     The model's generation settings are not used: temperature is 1, without logits processors and end tokens.
     """
@@ -202,7 +202,7 @@ def check_distribution(model: ModelUnderTest, prompts: Sequence[Tensor], count: 
 
 
 def bins_of(place: Place) -> Tensor:
-    """Return the index of the bin of every token of the vocabulary, `[v]`."""
+    """Return the bin `[v]` of each vocabulary token, which depends on the drafts and probabilities in `place`."""
     bins = torch.full_like(place.probs, DRAFTED + 2, dtype=torch.long)
     likely = place.probs.topk(min(1 + _LIKELY + len(place.drafted), len(place.probs))).indices.tolist()
     undrafted = [token for token in likely if token not in place.drafted][: 1 + _LIKELY]

@@ -50,7 +50,7 @@ class Divergence:
 
     @property
     def spacings(self) -> float:
-        """Number of spacings by which rounding must have moved the logits to explain the difference."""
+        """By how many times `spacing` rounding must have moved the logits to explain the difference."""
         if math.isinf(self.gap):
             return math.inf
         return self.gap / self.spacing if self.needed is None else self.needed

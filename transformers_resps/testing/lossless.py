@@ -185,7 +185,7 @@ def _with_changing_trees(
 
 
 def _ending_calls(model: ModelUnderTest, ids: list[Tensor], settings: dict[str, Any]) -> Iterator[list[ComparedCall]]:
-    """For each of the first tokens of each prompt's output, yield a call in which this token is an end token."""
+    """For each of the first tokens of each prompt's output, yield a batch of one call that ends at this token."""
     for index, prompt in enumerate(ids):
         output = model.plain([prompt], **settings).outputs[0][:_ENDS].tolist()
         for position, token in enumerate(output):
@@ -214,7 +214,7 @@ _SHAPES = (
 
 
 class ChangingTrees(Policy):
-    """Drafts a different built-in tree at every step, because the tested policy may use only a few kinds of tree."""
+    """Chooses another built-in tree at every step, because the tested policy may use only a few kinds of tree."""
 
     needs_head = False
 
