@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # `resps --help` loads this module: torch takes seconds
     from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
     class TextConfig(PreTrainedConfig):
-        """Fields that the config of every decoder has."""
+        """The type of a decoder's config: fields that every decoder has."""
 
         vocab_size: int
         hidden_size: int
@@ -53,7 +53,7 @@ TransportError = httpx.HTTPError
 
 
 class CacheLayer(Protocol):
-    """The type of a filled layer of a `Cache`: what we use of attention, sliding and recurrent layers together."""
+    """The type of a filled layer of a `Cache`: all fields that we use, though each kind of layer has only some."""
 
     keys: "Tensor"  # [b, kv heads, s, hd]
     values: "Tensor"
@@ -73,7 +73,7 @@ def cache_layers(cache: "Cache") -> list[CacheLayer]:
 
 
 def text_config(model: "PreTrainedModel") -> "TextConfig":
-    """Return the decoder's config, which is part of a multimodal model's config."""
+    """Return the model's decoder config: a part of a multimodal model's config, or else the whole config."""
     return cast("TextConfig", model.config.get_text_config())
 
 
@@ -88,9 +88,9 @@ def output_layer(model: "PreTrainedModel") -> "nn.Linear | None":
 
 
 def load_model(name: str, **options: Any) -> Any:
-    """Load a model that generates text from a folder or the Hub; `options` are passed to `from_pretrained`.
+    """Load a model that generates text, from a folder or Hub id `name`; `options` are passed to `from_pretrained`.
 
-    A class that `AutoModelForCausalLM` does not know is loaded with its vision and audio towers.
+    If `AutoModelForCausalLM` does not know the model's class, the model is loaded with its vision and audio towers.
     """
     config_options = {key: options[key] for key in _CONFIG_OPTIONS & options.keys()}
     config_class = type(transformers.AutoConfig.from_pretrained(name, **config_options))
@@ -127,7 +127,7 @@ def unwrapped(model: Any) -> Any:
 
 
 def plain_tensors(tensor: "Tensor") -> "Iterator[Tensor]":
-    """Yield the tensors that hold the values of a tensor, whose class may be a library's."""
+    """Yield the plain tensors of which a tensor of a library's class consists, or the tensor itself if it is plain."""
     names, _ = tensor.__tensor_flatten__() if hasattr(tensor, "__tensor_flatten__") else ((), None)
     for name in names:
         yield from plain_tensors(getattr(tensor, name))

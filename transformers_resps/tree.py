@@ -20,7 +20,7 @@ from torch.nn.functional import pad
 
 @dataclass(frozen=True, slots=True)
 class TreeShape:
-    """The size of a draft tree, which a policy chooses for each step.
+    """The size of a draft tree; a policy chooses one for each step.
 
     `TreeShape(1, 0, 1)` is a plain step, `TreeShape(n + 1, n, 1)` a chain of n drafted tokens, and
     `TreeShape(1, 0, 1, lookup=8)` drafts only by lookup, without a head.
@@ -76,7 +76,7 @@ class TreeShape:
         return not self.asks_head and self.lookup == 0
 
     def within(self, depth: int) -> "TreeShape":
-        """Reduce the shape to at most `depth` levels and at most `depth` looked-up nodes."""
+        """Return this shape, reduced to at most `depth` levels and at most `depth` looked-up nodes."""
         if depth >= self.depth and depth >= self.lookup:
             return self
         depth = max(depth, 0)
@@ -95,7 +95,7 @@ class Pricing(NamedTuple):
 
 
 class Branches(NamedTuple):
-    """Tree nodes of one row, without the root, every parent before its children."""
+    """Nodes below the root for one row's tree, every parent before its children."""
 
     tokens: Sequence[int]
     parents: Sequence[int]  # -1 is the root
@@ -144,7 +144,7 @@ class CandidatePool:
 
     @classmethod
     def merged(cls, pools: Sequence["CandidatePool"]) -> "CandidatePool":
-        """Join pools of the same roots on the CPU; of equal paths the first gets the best score, others get -inf."""
+        """Join pools for the same roots, on the CPU; of equal paths the first gets the best score, others -inf."""
         levels = torch.cat([pool.levels for pool in pools])
         order = levels.sort(stable=True).indices
         new_places = order.argsort().tolist()
@@ -169,7 +169,7 @@ class CandidatePool:
         return cls(tokens, parents, scores, levels[order])
 
     def with_an_end(self) -> "CandidatePool":
-        """Append a child of the root with probability 0, to use as padding."""
+        """Return a copy with one more node for padding: a child of the root with probability 0."""
         tokens, parents, scores = (
             pad(part, (0, 1), value=value)
             for part, value in ((self.tokens, 0), (self.parents, -1), (self.scores, -inf))
@@ -186,7 +186,7 @@ class CandidatePool:
         return self.nodes_of(path, torch.arange(-1, path.shape[1] - 1).expand(path.shape))
 
     def nodes_of(self, tokens: Tensor, parents: Tensor) -> Tensor:
-        """Return the index in this pool of each node of another tree, -1 if missing; `parents` -1 means the root."""
+        """Find another tree's nodes in this pool, by their paths; return indices `[b, n]`, -1 for missing nodes."""
         nodes = tokens.new_full((len(tokens), tokens.shape[1] + 1), -1)  # the root is last, so index -1 finds it
         is_there = torch.zeros_like(nodes, dtype=torch.bool)
         is_there[:, -1] = True
@@ -198,7 +198,7 @@ class CandidatePool:
         return nodes[:, :-1]
 
     def discounted(self, discounts: Sequence[float]) -> "CandidatePool":
-        """Return a copy with the numbers of `Policy.discounts` added to the scores, one number per level."""
+        """Return a copy with a number of `discounts` (see `Policy.discounts`) added to the scores of each level."""
         if not discounts:
             return self
         of_levels = self.scores.new_tensor(discounts)[(self.levels - 1).clamp(max=len(discounts) - 1)]
@@ -318,7 +318,7 @@ class DraftTree:
 
     @classmethod
     def _derive(cls, tokens: Tensor, parents: Tensor, scores: Tensor, level_count: int) -> "DraftTree":
-        """Make a tree; computes ancestors by squaring the parent matrix, which doubles the distance that it covers."""
+        """Make a tree; each squaring of the parent matrix doubles the distance at which ancestors are found."""
         seen = _itself(tokens, tokens.shape[1], torch.float32)
         seen.scatter_(2, parents[..., None], 1.0)
         for squaring in range((level_count - 1).bit_length() if level_count else 0):
@@ -329,7 +329,7 @@ class DraftTree:
         return cls(tokens, parents, ancestors.sum(-1) - 1, ancestors, scores, level_count)
 
     def with_branches(self, rows: Sequence[Branches]) -> "DraftTree":
-        """Join the nodes `rows` to this tree, on the CPU; equal paths merge, new nodes of probability 0 drop out."""
+        """Add each row's nodes to a copy, on the CPU; equal paths merge, new nodes of probability 0 are dropped."""
         own = zip(self.row_sizes, self.tokens.tolist(), self.parents.tolist(), self.scores.tolist(), rows, strict=True)
         joined = [_Nodes(*(part[:size] for part in mine)).with_branches(more) for size, *mine, more in own]
         sizes = [len(row.tokens) for row in joined]
@@ -346,7 +346,7 @@ class DraftTree:
         return DraftTree(tokens, parents, distances, ancestors, scores, max(map(max, depths)), proposers, sizes)
 
     def below(self, root: Tensor) -> "DraftTree":
-        """Copy the tree to the device of `root` in one transfer; the tokens `root` `[b]` become the copy's root."""
+        """Return a copy on the device of the tokens `root` `[b]`, which become its root. Takes only one transfer."""
         if self.node_count == 1:
             return DraftTree.root_only(root)
         own = [self.tokens, self.parents, self.depths, self.scores, self.ancestors]
@@ -355,7 +355,7 @@ class DraftTree:
         return replace(self, tokens=tokens, parents=parents, depths=depths, ancestors=ancestors, scores=scores)
 
     def padded(self, node_count: int) -> "DraftTree":
-        """Pad the tree to `node_count` nodes, for the target's forward only.
+        """Return the tree padded to `node_count` nodes, for use in the target's forward only.
 
         A padding node has the root's position, attends only to itself, and no other node attends to it.
         """
@@ -387,7 +387,7 @@ class DraftTree:
 
 
 def _itself(tokens: Tensor, node_count: int, dtype: torch.dtype) -> Tensor:
-    """Return an identity matrix `[b, n, n]` for each row of `tokens`, in which each node is its own ancestor."""
+    """Return identity matrices `[b, n, n]` for the rows of `tokens` and n nodes: each node is its own ancestor."""
     itself = torch.eye(node_count, dtype=dtype, device=tokens.device)
     return itself.expand(len(tokens), -1, -1).contiguous()  # each row is written to
 
@@ -431,7 +431,7 @@ class _Nodes:
         (self._children,) = first_children([len(tokens)], [parents], [tokens])
 
     def with_branches(self, more: Branches) -> "_Nodes":
-        """Add nodes; equal paths become one node with the best score and all flags. Drop new ones of probability 0."""
+        """Add nodes, except new ones of probability 0; equal paths merge, with the best score and all flags."""
         new: list[int] = []  # index in this tree of each node of `more`
         all_flags = more.proposers or [LOOKED_UP] * len(more.tokens)
         for token, parent, prob, flags in zip(*more[:3], all_flags, strict=True):
@@ -458,7 +458,7 @@ class _Nodes:
 
 
 def moved(parts: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """Copy tensors to a device in one transfer; tensors with larger elements must come first, for alignment."""
+    """Copy the tensors `parts` to a device in one transfer. Larger dtypes must come first, for alignment."""
     joined = torch.cat([part.flatten().view(torch.uint8) for part in parts])
     joined = joined.to(device, non_blocking=device.type != "cpu")  # the host reads its copy immediately
     blocks = joined.split([part.numel() * part.element_size() for part in parts])
