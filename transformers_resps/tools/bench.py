@@ -111,12 +111,12 @@ Config = TypeVar("Config", bound=BenchConfig)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run `resps bench`. Before this, `main` has checked that the machine is quiet."""
+    """Run `resps bench` with the parsed options; `main` has already checked that the machine is quiet."""
     return bench(read_options(args, BenchConfig), args.load, as_json="json" in args, plots="plot" in args)
 
 
 def read_options(args: argparse.Namespace, config_type: type[Config]) -> Config:
-    """Make the config from parsed options; missing options keep the config's defaults."""
+    """Make a `config_type` from parsed options; a field without an option keeps its default."""
     options = vars(args)
     return config_type(**{field.name: options[field.name] for field in fields(config_type) if field.name in options})
 
@@ -201,7 +201,7 @@ class BenchModels:
 
 
 def load_policies(names: Sequence[str], target: Any, head: DraftSource | None) -> dict[str, Policy | str]:
-    """Load policies by folder, Hub id or "auto"; return a dict from the name in the results to the policy."""
+    """Load policies from folders, Hub ids or "auto"; return a dict from the names in the results to the policies."""
     policies_by_name: dict[str, Policy | str] = {}
     counts = Counter(map(short_name, names))
     origins = Counter(Path(name).resolve() if Path(name).is_dir() else name for name in names)
@@ -249,10 +249,10 @@ def methods_of(
     others: Sequence[Method] = (),
     trees: Sequence[Generate] = (),
 ) -> list[Method]:
-    """Return the methods of `config` in the order of the table.
+    """Return the decoding methods that `config` asks for, in the order of the table.
 
-    `others` are inserted before the trees of `config`, and `trees` after them. With `compiles`, each method of this
-    package is also listed with compiled steps.
+    `others`, methods of the caller, come before the trees of `config`, and its `trees` after them. With `compiles`,
+    each method of this package is also listed with compiled steps.
     """
     modes: list[Callable[[Generate], Generate]] = [lambda method: method]
     if config.invariant:
@@ -276,7 +276,7 @@ def methods_of(
 
 
 def answer_all(session: Session, after: Callable[[Prompt, Sequence[Run]], None]) -> bool:
-    """Answer all prompts, and call `after` with each prompt and its timed answers; return `False` after Ctrl-C."""
+    """Answer all prompts, and call `after` with each prompt and its answers, timed; return `False` after Ctrl-C."""
     with transformers_logging.tqdm(total=session.total, desc="Decoding", unit="answer") as bar:
         try:
             for prompt, runs in session.run(bar.update):
@@ -290,7 +290,7 @@ def answer_all(session: Session, after: Callable[[Prompt, Sequence[Run]], None])
 
 
 def settings_of(config: BenchConfig, dialogues: Sequence[Dialogue]) -> dict[str, Any]:
-    """Return the entry `settings` of the results. Only results with equal settings can share a table."""
+    """Return the entry `settings` of the results: only results with equal settings can share a table."""
     return {
         "methods": config.chosen,
         "shapes": [f"tree {shape}" for shape in config.shapes],
@@ -313,7 +313,7 @@ def results_of(
     costs: CostTable,
     estimates: Sequence[AnswerTiming] = (),
 ) -> dict[str, Any]:
-    """Return the results so far (see training/benchmarking/RESULTS.md); `estimates` are marked as not measured."""
+    """Return the results so far (see training/benchmarking/RESULTS.md), with `estimates` marked as not measured."""
     timings, runs = session.timings, dict[str, list[Run]]({method.name: [] for method in session.methods})
     for run in session.runs:
         runs[run.timing.method].append(run)

@@ -57,7 +57,7 @@ _FLAGS = (  # option of a command, words in the library's error messages, words 
 
 
 def in_flags(message: str, args: argparse.Namespace) -> str:
-    """Rewrite an error message: replace Python arguments such as `compile=True` by options such as `--compile`."""
+    """Rewrite an error message for the command line: Python arguments like `compile=True` become `--compile`."""
     for option, words, flag in _FLAGS:
         message = message.replace(words, flag) if option in args else message
     return message
@@ -276,7 +276,7 @@ _SHARED: dict[str, dict[str, Any]] = {  # arguments of several commands
 
 
 def _shared(parser: "argparse.ArgumentParser | argparse._ArgumentGroup", *names: str) -> Callable[..., object]:
-    """Add the arguments `names`, as `_SHARED` defines them, to a parser; return its `add_argument`."""
+    """Add the arguments `names` to a parser, as `_SHARED` defines them; return the parser's `add_argument`."""
     for name in names:
         parser.add_argument(name, **_SHARED[name])
     return parser.add_argument

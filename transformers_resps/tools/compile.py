@@ -18,7 +18,7 @@ _NEW_TOKENS = 16
 
 
 def run(args: argparse.Namespace) -> int:
-    """Decode a few tokens with compiled steps; raise `ValueError` if the code cannot be compiled or stored."""
+    """Decode a few tokens with compiled steps, which stores their code; raise `ValueError` if that fails."""
     folder = packages_folder()
     if folder is None:
         raise ValueError(f"{FOLDER_VARIABLE} is off, so no code is kept. Unset it, or name a folder.")

@@ -131,11 +131,11 @@ class Diagnosis:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in changes.items()}
 
     def gain(self, score: ReadingScore, over: ReadingScore | None = None) -> tuple[float, float]:
-        """Return how many more tokens per position `score` accepts than `over` (default: configured), with error."""
+        """Return by how many tokens per position `score` beats `over` (`None`: the configured one), and the error."""
         return self._mean_difference("kept", score, over or self.configured)
 
     def _mean_difference(self, field: str, score: ReadingScore, other: ReadingScore) -> tuple[float, float]:
-        """Return `field` in the tallies of `score` minus that of `other`, per position, and the standard error."""
+        """Return the mean per position of `field` in `score` minus that in `other`, and its standard error."""
         pairs = zip(score.tallies, other.tallies, strict=True)
         differences = [getattr(own, field) - getattr(others, field) for own, others in pairs]
         answers, mean = len(differences), sum(differences) / score.positions

@@ -70,7 +70,7 @@ Source = Callable[[int, int, int], list[LabelledText]]
 def write_answers(
     target: PreTrainedModel, prompts: Sequence[Tensor], max_new_tokens: int, batch: int = 10
 ) -> list[LabelledText]:
-    """Let `target` answer prompts `[s]` by greedy search, `batch` prompts at once."""
+    """Let `target` answer prompts `[s]` by greedy search, `batch` prompts at once; return prompts and answers."""
     ends = end_ids(target)
     answers = []
     for first in range(0, len(prompts), batch):
@@ -124,7 +124,7 @@ class Probe:
 
     @torch.no_grad()
     def add(self, answers: Sequence[LabelledText]) -> None:
-        """Compare the head's predictions with the target's on more `answers`; skip answers that are too short."""
+        """Score the head's predictions against the target's on more `answers`; skip answers that are too short."""
         self._seen += len(answers)
         depths = self._depths
         long_enough = [answer for answer in answers if len(answer.tokens) - max(answer.prompt_length, 2) >= depths]
@@ -136,7 +136,7 @@ class Probe:
                         self._add(batch, tap)
 
     def _add(self, batch: "_ScoredTexts", tap: FeatureTap) -> None:
-        """Run the target over a batch, and score each interpretation whose features `tap` records."""
+        """Run the target over a batch, and score the interpretations of the head whose features `tap` records."""
         tokens = batch.tokens.to(self._target.device)
         given = {}
         if batch.shown is not None:
@@ -312,7 +312,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def told(diagnosis: Diagnosis) -> dict[str, Any]:
-    """Convert a diagnosis to JSON values; the best interpretation of the checkpoint is first."""
+    """Convert a diagnosis to JSON values; interpretations with the most accepted tokens come first."""
     scores = sorted(diagnosis.scores, key=lambda score: -score.accepted)
     return {
         "verdict": diagnosis.verdict,
@@ -336,7 +336,7 @@ def told(diagnosis: Diagnosis) -> dict[str, Any]:
 
 
 def source_of(target: PreTrainedModel, answers: list[LabelledText], prompts: list[Tensor], bar: Any) -> Source:
-    """Return a source that takes `answers` or, if there are none, lets `target` answer `prompts`; it moves `bar`."""
+    """Return a source of `answers` or, if empty, of what `target` answers to `prompts`; it moves a progress `bar`."""
     place = 0
 
     def source(first: int, end: int, most: int) -> list[LabelledText]:
@@ -370,7 +370,7 @@ def corrections(settings: Sequence[str]) -> dict[str, Any]:
 def answered(
     conversations: list[Conversation], tokenizer: PreTrainedTokenizerBase, max_length: int, max_new_tokens: int
 ) -> list[LabelledText]:
-    """Tokenize each conversation up to its first assistant turn; drop conversations without such a turn."""
+    """Tokenize each conversation up to the end of its first assistant turn; drop conversations without such a turn."""
     cut = [turns for conversation in conversations if len(turns := up_to(conversation, "assistant")) > 1]
     examples = [make_example(turns, tokenizer, max_length) for turns in cut]
     return [first_answer(example, max_new_tokens) for example in examples if example.loss_mask.any()]
@@ -379,7 +379,7 @@ def answered(
 def about_images(
     args: argparse.Namespace, target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, most: int
 ) -> list[LabelledText]:
-    """Read the first answers of `--dataset` if its rows have images; otherwise return an empty list."""
+    """Read the first answers of `--dataset`, each up to `most` tokens, if its rows have images; else return `[]`."""
     if not args.dataset or "image" not in target.input_modalities or find_spec("datasets") is None:
         return []
     file = Path(args.dataset)
@@ -396,7 +396,7 @@ def about_images(
 
 
 def first_answer(example: Example, max_new_tokens: int, processor: ProcessorMixin | None = None) -> LabelledText:
-    """Cut an example after `max_new_tokens` of its first answer; `processor` makes the inputs of its images."""
+    """Return an example up to `max_new_tokens` of its first answer; `processor` makes the inputs for its images."""
     start = int(example.loss_mask.int().argmax())
     end = start + min(int(example.loss_mask[start:].int().cumprod(0).sum()), max_new_tokens)
     shown = None if example.pictures is None else example.pictures.before(start)

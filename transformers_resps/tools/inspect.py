@@ -172,7 +172,7 @@ def facts_of(target: PreTrainedModel, head: DraftSource | None, policy: Policy, 
 
 
 def _name(model: object, known: str | None) -> str:
-    """Return the Hub id `known`, its last part if it is a path, or the name of the model's class if it is `None`."""
+    """Return a name to print: the Hub id `known`, the last part of a local path, or for `None` the model's class."""
     name = known or type(model).__name__
     return Path(name).resolve().name if Path(name).exists() else name
 
@@ -218,7 +218,7 @@ def page_data(examination: Examination, decode: Decode, prompt: str, facts: dict
 
 
 def _same_text(examination: Examination, decode: Decode) -> _Json:
-    """Return the page's entry on whether both texts are equal, or where they first differ."""
+    """Return the page's entry that says whether both texts are equal, or where they first differ."""
     position, divergence = examination.parts_at, examination.divergence
     if position is None:
         return {"same": True}
@@ -341,7 +341,7 @@ def same_text(examination: Examination) -> str:
 
 
 def is_explained(examination: Examination, dtype: torch.dtype) -> bool:
-    """Return whether both texts are equal or may differ by rounding; sampled texts in half precision always may."""
+    """Whether both texts are equal or may differ by rounding, as sampled texts in half precision always may."""
     if examination.parts_at is None or examination.is_invariant:
         return examination.parts_at is None
     if examination.divergence is not None:

@@ -70,7 +70,7 @@ def load_target(
 
 
 def _quantization_config(name: str, quantization: str) -> Any:
-    """Make the config; raise `ValueError` if the checkpoint `name` is quantized already or a library is missing."""
+    """Make the quantization config; raise `ValueError` if checkpoint `name` is quantized or a library is missing."""
     config = AutoConfig.from_pretrained(name)
     if any(getattr(one, "quantization_config", None) for one in (config, config.get_text_config(decoder=True))):
         raise ValueError(f"The checkpoint {name} is quantized already. Leave out `--quantization`.")
@@ -88,14 +88,14 @@ def _quantization_config(name: str, quantization: str) -> Any:
 
 
 def load_source(name: str | None, target: Any, revision: str | None = None) -> DraftSource | None:
-    """Load a drafter of any kind from a folder, a Hub id or "mtp", and attach it to `target`, which then keeps it."""
+    """Load a drafter of any kind from a folder, Hub id or "mtp"; this attaches `target`, which keeps the drafter."""
     assistants: Assistants = attach(target).speculation_state.assistants
     named = name if name is None or revision is None else load_drafter(name, target, revision=revision)
     return assistants.source(target, named)
 
 
 def load_policy(text: str | None, head: DraftSource | None) -> Policy | str:
-    """Return a fixed tree for numbers, a saved policy for a folder or Hub id, or "auto" unchanged.
+    """Return a fixed tree for numbers such as `8,4,2`, a saved policy for a folder or Hub id, or "auto" unchanged.
 
     For `None` return the head's default tree, or "auto" without a head. Raises a `ValueError` for unknown names.
     """

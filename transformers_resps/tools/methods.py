@@ -28,7 +28,7 @@ EAGLE_TREES = ((60, 5, 10), (60, 7, 10))  # total_token, depth and top_k in EAGL
 
 
 class Answer(NamedTuple):
-    """The result of a method. Without `report` and `target_forwards`, a hook on the target counts the forwards."""
+    """A method's answer. Without `report` and `target_forwards`, `Bench` counts forwards by a hook on the target."""
 
     token_ids: list[int]
     report: SpeculationReport | None = None  # report of `generate` with a policy
@@ -38,7 +38,7 @@ class Answer(NamedTuple):
 
 @dataclass(frozen=True)
 class Method(ABC):
-    """One decoding method of the benchmark."""
+    """One decoding method that the benchmark times, such as plain decoding or a tree."""
 
     name: str
     _: KW_ONLY
@@ -96,7 +96,7 @@ class Generate(Method):
 
 
 def plain() -> Generate:
-    """Return plain decoding by Transformers."""
+    """Return the method of plain decoding by Transformers."""
     return Generate(PLAIN)
 
 
@@ -106,7 +106,7 @@ def compiled(method: Generate) -> Generate:
 
 
 def plain_steps() -> Generate:
-    """Return plain decoding by this package's step loop, which also runs compiled or in the invariant mode."""
+    """Return the method of plain decoding by this package's loop, which can compile and has an invariant mode."""
     return Generate(PLAIN, {"policy": FixedPolicy(TreeShape.plain())})
 
 
@@ -128,19 +128,19 @@ def draft_model(model: PreTrainedModel) -> Generate:
 
 
 def fixed_tree(head: DraftSource | None, shape: TreeShape, name: str | None = None) -> Generate:
-    """Return decoding with the same tree at every step; a shape with lookup alone needs no head."""
+    """Return the method with the same tree at every step; a shape that only looks up needs no head."""
     assistant = {"assistant_model": head} if shape.asks_head else {}
     return Generate(name or f"tree {shape}", {**assistant, "policy": FixedPolicy(shape)}, effort=3)
 
 
 def eagle_trees(head: DraftSource) -> list[Generate]:
-    """Return decoding with each of the trees that EAGLE-3 publishes."""
+    """Return one method for each of the trees that EAGLE-3 publishes."""
     shapes = {f"EAGLE-3 {'/'.join(map(str, numbers))}": TreeShape.from_eagle(*numbers) for numbers in EAGLE_TREES}
     return [fixed_tree(head, shape, name) for name, shape in shapes.items()]
 
 
 def policies(head: DraftSource | None, loaded: Mapping[str, Policy | str]) -> list[Generate]:
-    """Return one method for each policy."""
+    """Return one method for each policy in `loaded`, a dict from the name in the table to the policy."""
     assistant = {} if head is None else {"assistant_model": head}
     return [
         Generate(name, {**assistant, "policy": policy}, effort=4 if policy == "auto" else 5)
@@ -158,14 +158,14 @@ class Prompt:
 
 
 class Bench:
-    """Times answers of one target of up to `max_new_tokens` tokens."""
+    """Times the answers that methods generate with one target, of up to `max_new_tokens` tokens."""
 
     def __init__(self, target: Any, max_new_tokens: int, clock: Callable[[], float] = time.perf_counter) -> None:
         self.target, self.max_new_tokens, self._clock = target, max_new_tokens, clock
         self._end_ids = end_ids(target)
 
     def compile_refusal(self, prompt: Prompt) -> str | None:
-        """Try to compile plain decoding; return the reason if that fails, else `None`."""
+        """Try to compile plain decoding, on `prompt`; return the reason if that fails, else `None`."""
         self.decode(prompt, compiled(plain_steps()), max_new_tokens=2)
         engine = self.target.speculation_state.slot_engine
         return None if engine.is_compiled else str(engine.obstacle)
@@ -179,7 +179,7 @@ class Bench:
         *,
         max_new_tokens: int | None = None,
     ) -> Run:
-        """Time an answer of `method`, with `repeat` as the seed. If code was compiled meanwhile, repeat it."""
+        """Time an answer of `method`, with `repeat` as the seed; time it again if code was compiled meanwhile."""
         most = max_new_tokens or self.max_new_tokens
         input_ids = prompt.input_ids[None].to(self.target.device)
         while True:

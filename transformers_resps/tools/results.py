@@ -117,7 +117,7 @@ def ratio(timings: Sequence[AnswerTiming], method: str, base: str) -> float:
 
 
 def compare(processes: Sequence[Sequence[AnswerTiming]], method: str, base: str) -> Interval:
-    """Return the speed of `method` over that of `base` as `ratio` does, with a bootstrap interval.
+    """Return the speed of `method` relative to `base`, as `ratio` does, with a bootstrap interval.
 
     Each item of `processes` has the timings of one process. The bootstrap draws processes and prompts with
     replacement, the same ones for both methods. A prompt's turns and repeats in one process are drawn together.
@@ -128,7 +128,7 @@ def compare(processes: Sequence[Sequence[AnswerTiming]], method: str, base: str)
 
 
 def _paired(timings: Sequence[AnswerTiming], method: str, base: str) -> list[list[Timing]]:
-    """Sum tokens and seconds of each prompt, sorted by name, over the turns that both methods answered."""
+    """For each prompt, sorted by name, sum tokens and seconds of both methods over the turns that both answered."""
     both = {m.cell for m in timings if m.method == method} & {m.cell for m in timings if m.method == base}
     kept = sorted((m for m in timings if m.cell in both), key=lambda m: m.prompt)
     prompts = (grouped((m for m in kept if m.method == name), lambda m: m.prompt) for name in (method, base))
@@ -240,7 +240,7 @@ def check_spread(timings: Sequence[AnswerTiming]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """Speed of one method, compared with plain decoding and with the fastest method."""
+    """Speed of one method relative to plain decoding and to the fastest method."""
 
     name: str
     effort: int  # how much work it is for a user to set up this method; a rank
@@ -249,7 +249,7 @@ class Standing:
 
 
 def advice_of(efforts: Mapping[str, int], timings: Sequence[AnswerTiming], verify_cost: float) -> str:
-    """Return advice on which method to use. `verify_cost`: cost of verifying `NAMED_NODES` nodes, in plain steps."""
+    """Advise which method of `efforts` to use; `verify_cost`: cost of verifying `NAMED_NODES` nodes in plain steps."""
     others = [name for name in efforts if name != PLAIN]
     if not timings:
         return advise([], verify_cost, 0)
@@ -341,12 +341,12 @@ def summary_cells(row: dict[str, Any]) -> list[str]:
 
 
 def method_cell(row: dict[str, Any]) -> str:
-    """Return the method's name, in italics if its figures are estimates."""
+    """Return the name of a row's method, in italics if its figures are estimates."""
     return str(row["method"]) if row["measured"] else f"*{row['method']}*"
 
 
 def same_text(row: dict[str, Any], results: dict[str, Any]) -> str:
-    """Return how many answers equal those of plain decoding in the same mode, as "9 of 10".
+    """Return how many answers of a row's method equal those of plain decoding in the same mode, as "9 of 10".
 
     Return "" if several temperatures were measured, because the results have only one count for all of them.
     """

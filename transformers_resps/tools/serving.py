@@ -57,7 +57,7 @@ class ClientLeftError(Exception):
 
 @dataclass(slots=True)
 class Exchange:
-    """A request and its outcome; the event loop and the worker share this object."""
+    """An HTTP request and its outcome; the event loop and the worker thread share this object."""
 
     over: Event = field(default_factory=Event)  # set when the answer is complete or no longer needed
     has_left: bool = False  # whether the client disconnected before its answer was complete
@@ -87,7 +87,7 @@ class Exchange:
 
     @property
     def figures(self) -> dict[str, float]:
-        """The figures that a finished request adds to those of `/metrics`."""
+        """Numbers by name that this request, when finished, adds to the figures of `/metrics`."""
         figures: dict[str, float] = {
             f'resps_requests_total{{outcome="{self.outcome}"}}': 1,
             "resps_prompt_tokens_total": self.prompt_tokens,
@@ -157,7 +157,7 @@ class _Watch(StoppingCriteria):
 
 
 class RequestModel:
-    """Wraps an attached model for one request. It replaces `generate`; other attributes are the model's."""
+    """Wraps an attached model for one request, with its own `generate`; other attributes are the model's."""
 
     def __init__(self, model: Any, exchange: Exchange, memory: SuffixMemory | None) -> None:
         self._model, self._exchange, self._memory = model, exchange, memory
@@ -250,7 +250,7 @@ class OneAtATime(utils.GenerateManager):
 
 
 def _fit(config: GenerationConfig, length: int, model: PreTrainedModel) -> None:
-    """Limit the new tokens after a prompt of `length` to the model's remaining positions."""
+    """Limit `config.max_new_tokens`, after a prompt of `length` tokens, to the model's remaining positions."""
     if not length:
         raise HTTPException(400, "The prompt has no tokens. Write at least one word.")
     if config.max_new_tokens is None:  # the server compares it with the answer's length, to report a cut
@@ -267,7 +267,7 @@ def _fit(config: GenerationConfig, length: int, model: PreTrainedModel) -> None:
 
 
 class OneManager(utils.GenerationState):
-    """Returns the same worker for all models."""
+    """Makes Transformers' handlers use the same worker for all models."""
 
     def __init__(self, manager: OneAtATime) -> None:
         super().__init__()
@@ -468,21 +468,21 @@ class _Handler(utils.BaseHandler):
 
 
 class ChatHandler(_Handler, chat_completion.ChatCompletionHandler):
-    """`/v1/chat/completions`."""
+    """Handles `/v1/chat/completions`."""
 
     needs = "messages"
     reads = _SAMPLING | {"chat_template_kwargs", "logit_bias", "max_completion_tokens", "tools"}
 
 
 class CompletionHandler(_Handler, completion.CompletionHandler):
-    """`/v1/completions`."""
+    """Handles `/v1/completions`."""
 
     needs = "prompt"
     reads = _SAMPLING | {"suffix"}
 
 
 class ResponseHandler(_Handler, response.ResponseHandler):
-    """`/v1/responses`."""
+    """Handles `/v1/responses`."""
 
     needs = "input"
     reads = frozenset(("chat_template_kwargs", "instructions", "max_output_tokens", "tools"))
@@ -496,7 +496,7 @@ def _checked_policy(policy: Any) -> str | None:
 
 
 async def _with_metrics(parts: AsyncIterator[str], exchange: Exchange) -> AsyncIterator[str]:
-    """Add the metrics to the last chunk of a stream of server-sent events; convert errors to OpenAI's format."""
+    """Add the request's metrics to the last chunk of a server-sent stream; convert errors to OpenAI's format."""
     async for part in parts:
         if not exchange.ended:
             yield part
@@ -519,7 +519,7 @@ def _event(data: dict[str, Any]) -> str:
 
 
 def _error_body(status: int, message: str) -> dict[str, Any]:
-    """Return an error in OpenAI's format, so that OpenAI's client shows the message."""
+    """Return the body of an error in OpenAI's format, so that OpenAI's client shows the message."""
     error_type = "server_error" if status >= 500 else "invalid_request_error"
     return {"error": {"message": message, "type": error_type, "code": status}}
 
@@ -543,7 +543,7 @@ _FIGURES = {
 
 
 def prometheus_text(figures: Mapping[str, float]) -> str:
-    """Format the figures since the server's start in Prometheus' text format."""
+    """Format `figures`, counted since the server's start, in Prometheus' text format."""
     lines = []
     for name, text in _FIGURES.items():
         lines += [f"# HELP {name} {text}", f"# TYPE {name} {'counter' if name.endswith('_total') else 'gauge'}"]

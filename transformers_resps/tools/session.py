@@ -23,7 +23,7 @@ _WARM_UP_TOKENS = 12
 
 @dataclass(frozen=True, slots=True)
 class Dialogue:
-    """The user's turns of one conversation. The target's answers replace those of the dataset."""
+    """The user's turns of one conversation, to which the target writes its own answers in place of the dataset's."""
 
     name: str  # `dataset/row`
     opening: Conversation  # messages before the first user turn, such as a system message
@@ -31,7 +31,7 @@ class Dialogue:
 
     @classmethod
     def of(cls, name: str, messages: Conversation) -> "Dialogue":
-        """Take the user turns of `messages`; raise `ValueError` if there are none."""
+        """Make a dialogue of the user turns in `messages`; raise `ValueError` if there are none."""
         users = [index for index, message in enumerate(messages) if message["role"] == "user"]
         if not users:
             raise ValueError(f"{name} has no user turn. Remove that row, or give it `turns`, `messages` or `prompt`.")
@@ -61,7 +61,7 @@ def read_dialogues(source: str, split: str = "test") -> list[Dialogue]:
 
 
 def spread(dialogues: Sequence[Dialogue], limit: int) -> list[Dialogue]:
-    """Choose up to `limit` dialogues, evenly spread over the file."""
+    """Choose up to `limit` dialogues, at even distances in the given order."""
     count = min(limit, len(dialogues))
     return [dialogues[index * len(dialogues) // count] for index in range(count)]
 
@@ -77,7 +77,7 @@ def check_apart(evaluated: Sequence[Dialogue], others: set[str], what: str) -> N
 
 
 class Judge:
-    """Compares answers with plain decoding's, and collects in `unexplained` the differences that must not occur.
+    """Compares answers with those of plain decoding, and lists in `unexplained` the differences that must not occur.
 
     In the invariant mode no answer may differ. Otherwise greedy answers may differ by rounding, but sampled answers
     of a `seed_exact` method must not differ in float32 or float64. Sampled answers in half precision may differ after
