@@ -56,7 +56,7 @@ def calibrate(
 ) -> CostTable:
     """Measure how long steps take on this machine, or load the table of an earlier measurement.
 
-    The model is measured as it is, in its dtype and on its device. `head` is a draft head, MTP layers, an assistant, a
+    The model is measured in its dtype and on its device. `head` is a draft head, MTP layers, an assistant, a
     small model, a folder or Hub id of these, or `None`. `invariant` measures the invariant mode, in a separate table
     without times of plain decoding; `refresh` measures again even if a table is stored. `clock` returns seconds.
 

@@ -127,7 +127,7 @@ def unwrapped(model: Any) -> Any:
 
 
 def plain_tensors(tensor: "Tensor") -> "Iterator[Tensor]":
-    """Yield the plain tensors of which a tensor of a library's class consists, or the tensor itself if it is plain."""
+    """Yield the plain tensors inside a tensor of a library's class, or the tensor itself if it is plain."""
     names, _ = tensor.__tensor_flatten__() if hasattr(tensor, "__tensor_flatten__") else ((), None)
     for name in names:
         yield from plain_tensors(getattr(tensor, name))

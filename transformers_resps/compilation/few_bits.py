@@ -26,7 +26,7 @@ _LEAST_GROUP = 32  # A group has a multiple of this number of inputs, as an AMX 
 
 
 class Codes(IntEnum):
-    """Kinds of codes, the integers stored for a weight: says for which number each code stands, as in `native.cpp`."""
+    """Kinds of codes, the integers stored for a weight; a kind says what each code means. As in `native.cpp`."""
 
     INT8 = 0  # int8 codes; the number of code c is c + 0.5, whose sign and magnitude `native.cpp` looks up
     INT4 = 1  # uint8 codes from 0 to 15; the number of code c is c - 8
@@ -68,7 +68,7 @@ class FewBits:
 
 
 def numbers(codes: Tensor, kind: Codes | int) -> Tensor:
-    """Convert codes of this `kind` to the numbers, in float32, for which they stand."""
+    """Convert codes of this `kind` to the numbers, in float32, that they mean."""
     if kind == Codes.INT8:
         return codes.float() + 0.5
     return codes.float() - 8 if kind == Codes.INT4 else codes.new_tensor(NF4_VALUES, dtype=torch.float32)[codes.long()]
@@ -112,7 +112,7 @@ def _(weight: Tensor) -> Tensor:
 
 @torch.library.custom_op("resps::int8_codes", mutates_args=())
 def int8_codes(weight: Tensor) -> Tensor:
-    """Divide a bf16 weight by its `int8_scales`, and round it to int8 codes: code c stands for c + 0.5."""
+    """Divide a bf16 weight by its `int8_scales`, and round it to int8 codes: code c means c + 0.5."""
     return (weight.float() / int8_scales(weight)).floor().clamp(-128, 127).to(torch.int8)
 
 
@@ -136,7 +136,7 @@ def _(weight: Tensor, groups: int) -> Tensor:
 
 @torch.library.custom_op("resps::int4_codes", mutates_args=())
 def int4_codes(weight: Tensor, groups: int) -> Tensor:
-    """Divide a bf16 weight by its `int4_scales`, and round it to codes from 0 to 15: code c stands for c - 8."""
+    """Divide a bf16 weight by its `int4_scales`, and round it to codes from 0 to 15: code c means c - 8."""
     parts = weight.float().unflatten(1, (groups, -1)) / int4_scales(weight, groups)[..., None]
     return (parts.round().clamp(-8, 7) + 8).to(torch.uint8).flatten(1)
 

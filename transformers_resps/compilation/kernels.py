@@ -146,7 +146,7 @@ def chosen_kernels(products: Products, *, alike: bool) -> Kernels:
 
 
 class Trial:
-    """Makes functions to time, each of which runs one kernel on more weights than caches hold. `ours`: our kernels."""
+    """Makes functions to time: each runs one kernel, on more weights than caches hold. `ours` names our kernels."""
 
     def __init__(self, ours: Sequence[str]) -> None:
         self.names = (*ours, ONEDNN)
