@@ -156,7 +156,7 @@ def examine(
 
 
 def facts_of(target: PreTrainedModel, head: DraftSource | None, policy: Policy, decoding: str) -> dict[str, str]:
-    """Describe models and machine for a page, without local paths, since users share pages."""
+    """Describe models, machine and `decoding` for a page, without local paths, since users share pages."""
     here = machine(target)
     threads = f", {here['threads']} threads" if target.device.type == "cpu" else ""
     facts = {"target": _name(target, target.config.name_or_path)}

@@ -108,7 +108,7 @@ def load_policy(text: str | None, head: DraftSource | None) -> Policy | str:
 
 
 def named_tree(text: str) -> TreeShape | None:
-    """Parse a shape such as `8,4,2`; return `None` if `text` is a path or has no comma; else raise `ValueError`."""
+    """Parse a shape such as `8,4,2`; return `None` for a path or a text without comma, else raise `ValueError`."""
     if "," not in text or Path(text).exists():
         return None
     try:
@@ -142,7 +142,7 @@ def read_conversations(args: argparse.Namespace, most: int) -> list[Conversation
 
 
 def questions_in(conversations: Sequence[Conversation], most: int) -> list[Conversation]:
-    """Cut each conversation after its first user turn; if `conversations` is empty, return built-in questions."""
+    """Cut each conversation after its first user turn; without conversations return `most` built-in questions."""
     if conversations:
         return [asked for conversation in conversations if (asked := up_to(conversation, "user"))]
     texts = [task.format(subject) for subject in _SUBJECTS for task in _TASKS]
