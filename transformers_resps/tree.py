@@ -182,11 +182,11 @@ class CandidatePool:
         return [len(followed(*row, -1)) for row in rows]
 
     def nodes_along(self, path: Tensor) -> Tensor:
-        """Return the nodes `[b, m]` on the path of the tokens `path` `[b, m]`; -1 from the first missing node on."""
+        """Return the pool's nodes `[b, m]` on the path of tokens `path` `[b, m]`; -1 from the first missing one on."""
         return self.nodes_of(path, torch.arange(-1, path.shape[1] - 1).expand(path.shape))
 
     def nodes_of(self, tokens: Tensor, parents: Tensor) -> Tensor:
-        """Find another tree's nodes in this pool, by their paths; return indices `[b, n]`, -1 for missing nodes."""
+        """Find another tree's nodes by their paths; return indices in the pool, -1 if missing. Parent -1: the root."""
         nodes = tokens.new_full((len(tokens), tokens.shape[1] + 1), -1)  # the root is last, so index -1 finds it
         is_there = torch.zeros_like(nodes, dtype=torch.bool)
         is_there[:, -1] = True

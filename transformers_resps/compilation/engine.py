@@ -39,7 +39,7 @@ class Code:
 
     function: Callable[..., Outputs]  # the eager function
     fast: CompiledFunction | CapturedFunction
-    compared: Callable[[Outputs], Tensor]  # picks the outputs that must agree
+    compared: Callable[[Outputs], Tensor]  # picks the outputs on which both must agree
     values: str  # the name of these values in a warning
     dtype: torch.dtype  # of the weights
     tolerance: float | None = None  # allowed relative difference; `None`: what rounding in `dtype` explains
