@@ -240,7 +240,7 @@ def test_steps_of_a_quantized_target_run_compiled_and_exactly(
 ) -> None:
     monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
-    target = attach(quantized("int8", "intx 4", "int4, opaque", "nf4"), compile=True, invariant=True)
+    target = attach(quantized("int8", "intx 4", "nf4"), compile=True, invariant=True)
     prompt = torch.randint(1, VOCABULARY, (1, 9))
     with torch.no_grad():
         before = target(prompt).logits
