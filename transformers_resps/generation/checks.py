@@ -478,8 +478,9 @@ def check_quantized(model: PreTrainedModel, tried: MutableMapping[Module, torch.
     """
     dtype = model.dtype
     for layer in model.modules():
-        is_quantized = isinstance(layer, Linear) and type(layer.weight).__module__.partition(".")[0] in _QUANTIZING
-        if not is_quantized or layer.weight.is_meta or tried.get(layer) is dtype:
+        if not isinstance(layer, Linear) or type(layer.weight).__module__.partition(".")[0] not in _QUANTIZING:
+            continue
+        if layer.weight.is_meta or tried.get(layer) is dtype:
             continue
         try:
             with torch.no_grad():
