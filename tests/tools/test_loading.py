@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, TorchAoConfig
 
 from tests.assistants.kinds import pair_of
 from tests.compilation.test_few_bits import LIBRARIES
@@ -128,8 +128,10 @@ def test_a_checkpoint_that_is_quantized_already_is_not_quantized_again(
 def test_a_quantized_checkpoint_without_its_library_is_told_in_one_line(
     checkpoint: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    torchao = pytest.importorskip("torchao.quantization")
+    config = TorchAoConfig(torchao.Int8WeightOnlyConfig(version=2, set_inductor_config=False)).to_dict()
     monkeypatch.setattr("transformers.quantizers.quantizer_torchao.is_torchao_available", lambda: False)
-    file, config = Path(checkpoint) / "config.json", {"quant_method": "torchao", "quant_type": {"default": {}}}
+    file = Path(checkpoint) / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": config}))
     assert main(["calibrate", checkpoint]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "torchao" in line]
