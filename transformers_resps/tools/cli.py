@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if "torch" not in sys.modules:
             print(f"resps {args.command}: loading PyTorch and Transformers ...", file=sys.stderr, flush=True)
         return int(import_module(f".{args.command}", __package__).run(args))
-    except (ValueError, OSError, ImportError) as error:  # ImportError: a quantizer of Transformers lacks its library
+    except (ValueError, OSError) as error:
         print(f"resps {args.command}: {in_flags(str(error), args)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:

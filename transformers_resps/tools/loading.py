@@ -65,7 +65,10 @@ def load_target(
     options: dict[str, Any] = {}
     if quantization:
         options = {"quantization_config": _quantization_config(name, quantization), "device_map": device}
-    target = load_model(name, dtype=dtype, **options).to(device)
+    try:
+        target = load_model(name, dtype=dtype, **options).to(device)
+    except ImportError as error:  # a quantizer of Transformers lacks its library
+        raise ValueError(str(error)) from error
     return prepack(target) if packed else target
 
 
