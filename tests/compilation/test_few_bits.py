@@ -30,7 +30,7 @@ from transformers_resps.compilation.few_bits import (
     unread_weights,
 )
 from transformers_resps.compilation.kernels import NEVER, TILES, VECTORS, reads_few_bits
-from transformers_resps.compilation.packages import FOLDER_VARIABLE, stored_packages
+from transformers_resps.compilation.packages import FOLDER_VARIABLE
 
 
 needs_lookups = pytest.mark.skipif(not reads_few_bits(), reason="asks for AVX512-BF16 and AVX512-VBMI")
@@ -393,10 +393,15 @@ def test_compiled_drafts_read_int8_weights_unless_the_head_says_no(
     is_rounded: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
+    asked = list[tuple[nn.Module, int]]()
+
+    def refused(module: nn.Module, job: packages.CompileJob, *_: object) -> None:
+        asked.append((module, job.bits))
+        raise RuntimeError("planted")
+
+    monkeypatch.setattr(packages, "_compile", refused)
     target = attach(Architecture("qwen2", SIZES).build("sdpa").bfloat16())
     head = DraftHead.from_target(target).eval()
     head.is_rounded = is_rounded
     written(target, assistant_model=head, policy=FixedPolicy(TreeShape(6, 2, 2)), compile=True)
-    made = [(package.path / "package.json").read_text() for package in stored_packages(tmp_path)]
-    made_of_drafts = [manifest for manifest in made if "steps, one row" not in manifest]
-    assert made_of_drafts and all(("resps.int8_codes" in manifest) is is_rounded for manifest in made_of_drafts)
+    assert {bits for module, bits in asked if module is not target} == {8 if is_rounded else 16}
