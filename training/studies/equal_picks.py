@@ -1,5 +1,8 @@
 """Count how often a target in few bits picks the token that its bfloat16 weights pick.
 
+Question: how many picks stay the same when a target is loaded in few bits?
+Answer: for SmolLM2-135M, 96% in int8 and 71% in int4.
+
     python -m training.studies.equal_picks TARGET --prompts training/evidence/prompts.jsonl --each 2
 
 The bfloat16 target answers prompts greedily. All targets then read these texts; counted are the positions of answers
