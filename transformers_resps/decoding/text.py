@@ -313,12 +313,12 @@ class Batch:
 
     @property
     def scores(self) -> tuple[Tensor, ...] | None:
-        """The processed scores `[b, v]` of each position, if stored; all rows must share one `Text`."""
+        """The processed scores `[b, v]` of each position, if stored. One `Text` must hold all rows of the batch."""
         return self._texts[0].scores
 
     @property
     def logits(self) -> tuple[Tensor, ...] | None:
-        """The raw logits `[b, v]` of each position, if stored; all rows must share one `Text`."""
+        """The raw logits `[b, v]` of each position, if stored. One `Text` must hold all rows of the batch."""
         return self._texts[0].logits
 
     @staticmethod

@@ -27,7 +27,7 @@ class PolicyCache:
     def key(
         target: Any, rows: int, name: str = "auto", compile: bool | str | None = None, invariant: bool | None = None
     ) -> Hashable:
-        """Make the cache key: the policy's name and the settings that change the cost of a step."""
+        """Return the key under which a target keeps a policy: its name and all settings that change a step's cost."""
         return name, target.device, target.dtype, torch.get_num_threads(), rows, compile or False, invariant or False
 
     @contextmanager

@@ -70,8 +70,9 @@ class FrozenTarget:
     ) -> TargetFeatures:
         """Run the target over right-padded texts `[b, t]`; attention is causal, so the padding needs no mask.
 
-        The best token is computed only where `predicted` `[b, t]` marks the next token; `None` (everywhere) takes
-        a fifth longer. See `collate` for `image_inputs`. Raises `ValueError` if attention to images is not causal.
+        The target's most likely next token is computed only at positions where `predicted` `[b, t]` is true. `None`
+        computes it at all positions, and the run takes a fifth longer. See `collate` for `image_inputs`. Raises
+        `ValueError` if attention to images is not causal.
         """
         if image_inputs and not self._is_known_causal:
             self._check_causal(input_ids, image_inputs)

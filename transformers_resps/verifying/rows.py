@@ -169,7 +169,7 @@ class RowEnds:
         return len(self.shifts)
 
     def go_on_from(self, positions: Tensor) -> None:
-        """Give each row's next token the position after the last of the prompt's `positions`, in each plane."""
+        """Let each row's next token follow the last of the prompt's `positions`, for each coordinate apart."""
         shifts = positions[..., -1] + 1 - self.prompt_length
         self._shift_by(shifts[:, None].tolist() if shifts.dim() == 1 else shifts.t().tolist())
 

@@ -136,7 +136,7 @@ class _PublishedBlock(PublishedHead):
         return self.publisher is Publisher.DEEPSPEC or bool(self.stated.get("shift_label"))
 
     def _windows(self, count: int) -> list[int | None]:
-        """Return each layer's window: `None` for full attention, 0 for sliding attention without a limit."""
+        """Return the window of each of `count` layers: `None` for full attention, 0 if config.json gives no size."""
         window = self.stated.get("sliding_window") if self.stated.get("use_sliding_window", True) else 0
         kinds = self.stated.get("layer_types") or ["full_attention"] * count
         if len(kinds) != count or set(kinds) - {"full_attention", "sliding_attention"}:

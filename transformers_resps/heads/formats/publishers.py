@@ -175,9 +175,10 @@ class PublishedConfig:
         return {**rope, "rope_type": kind, "rope_theta": float(theta)}
 
     def norm_flags(self) -> dict[str, bool]:
-        """Return `norm_before_residual` and `feedback_post_norm`; in P-EAGLE heads both are false unless stated.
-        `norm_output` means `feedback_post_norm` in speculators' files only. In SpecForge's files it controls a norm
-        before the logits, so it is ignored here.
+        """Return `norm_before_residual` and `feedback_post_norm`; for P-EAGLE, false if config.json lacks them.
+
+        In config.json of speculators `feedback_post_norm` may be called `norm_output`. SpecForge's `norm_output` is
+        another norm, before the logits, and is ignored.
         """
         is_speculators, is_parallel = self.publisher is Publisher.SPECULATORS, "mask_hidden" in self.tensors
         before = self.stated.get("norm_before_residual")

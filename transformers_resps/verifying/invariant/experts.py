@@ -144,7 +144,7 @@ def routed_layers(target: PreTrainedModel, least: int) -> Iterator[tuple[str, Ro
 
 
 def _of_expert(experts: Any) -> Iterator[RoutedLayer]:
-    """Yield the products and the activation of the first expert."""
+    """Yield the matrix products and the activation of the first expert; the others have the same sizes."""
     raised = experts.gate_up_proj if experts.has_gate else experts.up_proj
     for weights in (raised, experts.down_proj):
         weight = weights[0].detach() if experts.is_transposed else weights[0].detach().t()

@@ -47,8 +47,9 @@ class ModelCode:
         """Check once for each compiled forward and its weights that a text always gets the same bits.
 
         `rows` is the forward's number of rows. `answers` computes logits `[t, v]` of a chain of tokens after a sample
-        text, and a list of logits of the chain's first tokens in other forwards. Raises a `ValueError` if any bit of
-        these differs from the chain's logits, or if those differ from an earlier check's with other `rows`.
+        text, and a list of logits of the chain's first tokens in other forwards. Raises a `ValueError` if a
+        listed tensor differs in any bit from the chain's logits, or if the chain's logits differ from those of an
+        earlier check with other `rows`.
         """
         if self._weights is not engine.packages:
             self._weights, self._bits = engine.packages, {}

@@ -148,7 +148,10 @@ class HybridForward(SlotForward):
         super().__init__(target, cache, *args)
 
     def function(self, *given: Tensor) -> tuple[Tensor, ...]:
-        """Run over `given`: `SlotInputs`, recurrent states, then buffers. For the result see the class."""
+        """Run over `given`: tensors of `SlotInputs`, recurrent states, buffers of keys and values.
+
+        Return logits, features and new recurrent states.
+        """
         inputs, parts = SlotInputs(*given[: len(SlotInputs._fields)]), given[len(SlotInputs._fields) :]
         count = len(self.states.sizes)
         slots, masks = _laid_out(inputs, self.patterns, self.target.dtype)

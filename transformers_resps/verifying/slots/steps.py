@@ -53,7 +53,8 @@ class VerifyingSteps(ABC):
 class SlotSteps(VerifyingSteps):
     """Runs a target over trees in the normal mode, compiled if there is an `engine`.
 
-    `options` are for `torch.compile`. `follows_parts`: the same code has read the prompt, and so is compiled already.
+    `options` are for `torch.compile`. With `follows_parts` the first step does not compile: the prompt was read in
+    parts, by the same compiled code.
     """
 
     _over_slots: SlotForward
