@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from tests.targets import VOCABULARY
-from transformers_resps import Observation, Policy, TreeShape
+from transformers_resps import FixedPolicy, Observation, Policy, StepRecord, TreeShape
 
 
 WIDE = TreeShape(40, 3, VOCABULARY)
@@ -26,6 +26,22 @@ class AnyShape(Policy):
     def choose(self, observation: Observation) -> TreeShape:
         shape = (1 + self._number(40), self._number(5), 1 + self._number(VOCABULARY))
         return TreeShape(*shape, lookup=self._number(2) * self._number(5))
+
+
+class Noted(FixedPolicy):
+    """Keeps the records of its steps, also of calls that return texts alone."""
+
+    def __init__(self, shape: TreeShape) -> None:
+        super().__init__(shape)
+        self.steps: list[StepRecord] = []
+
+    def observe(self, record: StepRecord) -> None:
+        self.steps.append(record)
+
+    @property
+    def accepted(self) -> int:
+        """Drafted tokens that were kept, over all rows and steps."""
+        return sum(sum(step.accepted) for step in self.steps)
 
 
 def prompts(seed: int, rows: int = 4, length: int = 9) -> dict[str, torch.Tensor]:

@@ -11,11 +11,11 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
+from tests.decoding.rows import Noted
 from tests.targets import Architecture
 from transformers_resps import (
     DraftHead,
     FixedPolicy,
-    StepRecord,
     TreeShape,
     assert_lossless,
     attach,
@@ -31,17 +31,6 @@ from transformers_resps.verifying.lending import evaluation_mode
 
 LOOKUP = FixedPolicy(TreeShape(1, 0, 1, lookup=4))
 REPORTED = {"max_new_tokens": 16, "do_sample": False, "return_dict_in_generate": True}
-
-
-class Counted(FixedPolicy):
-    """Keeps the records of its steps."""
-
-    def __init__(self, shape: TreeShape) -> None:
-        super().__init__(shape)
-        self.steps: list[StepRecord] = []
-
-    def observe(self, record: StepRecord) -> None:
-        self.steps.append(record)
 
 
 @contextmanager
@@ -224,7 +213,7 @@ def test_the_mode_comes_back_after_an_error(model: Any, prompt: torch.Tensor) ->
 
 
 def test_what_measures_a_model_leaves_them_aside(model: Any, head: DraftHead, prompt: torch.Tensor) -> None:
-    counted = Counted(TreeShape(1, 0, 1, lookup=4))
+    counted = Noted(TreeShape(1, 0, 1, lookup=4))
     wrapped: Any = get_peft_model(model, LoraConfig(target_modules=["q_proj"], r=2)).eval()
     attach(wrapped, assistant_model=head, policy=counted)
     tree = FixedPolicy(TreeShape(4, 2, 2))

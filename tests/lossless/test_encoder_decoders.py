@@ -21,9 +21,10 @@ from transformers import (
 )
 from transformers.generation.utils import GenerateEncoderDecoderOutput
 
+from tests.decoding.rows import Noted
 from tests.lossless.answering import Heard
 from tests.targets import VOCABULARY, Architecture
-from transformers_resps import DraftHead, FixedPolicy, TreeShape, assert_lossless, attach
+from transformers_resps import DraftHead, TreeShape, assert_lossless, attach
 from transformers_resps.compat import CACHE_KEYWORD
 from transformers_resps.generation.keywords import SpeculationDefaults
 from transformers_resps.tree import DraftTree
@@ -126,23 +127,15 @@ def inputs_of(model_type: str, rows: int) -> dict[str, torch.Tensor]:
     return {"input_ids": ids * mask, "attention_mask": mask}
 
 
-class Chains(FixedPolicy):
+class Chains(Noted):
     """Looks up chains, and notes what it sees."""
 
     def __init__(self, lookup: int = 6) -> None:
         super().__init__(TreeShape(1, 0, 1, lookup))
         self.trees: list[DraftTree] = []
-        self.records: list[Any] = []
 
     def on_verified(self, tree: DraftTree, *args: Any) -> None:
         self.trees.append(tree)
-
-    def observe(self, record: Any) -> None:
-        self.records.append(record)
-
-    @property
-    def accepted(self) -> int:
-        return sum(sum(record.accepted) for record in self.records)
 
 
 def both(target: Any, inputs: dict[str, Any], policy: Any = None, **options: Any) -> list[Any]:
@@ -220,7 +213,7 @@ def test_a_text_that_quotes_its_source_takes_few_steps(rows: int) -> None:
     processor, policy = LogitsProcessorList([Quoting(rows_quoted)]), Chains()
     plain, found = both(target, inputs, policy, logits_processor=processor, max_new_tokens=8)
     assert found.tolist() == plain.tolist() == [[1, *row[:8]] for row in rows_quoted]
-    assert len(policy.records) <= 3
+    assert len(policy.steps) <= 3
 
 
 def test_tokens_of_another_vocabulary_are_no_source() -> None:
@@ -513,7 +506,7 @@ def test_whisper_writes_down_what_it_does_in_stock(case: str, rows: int) -> None
     sounds = torch.randn(rows, 8, 64, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     policy = Chains()
     plain, found = both(whisper(), {"input_features": sounds}, policy, **SPOKEN[case])
-    assert flat(found) == flat(plain) and policy.records
+    assert flat(found) == flat(plain) and policy.steps
 
 
 @pytest.mark.parametrize("options", [{}, FALLBACKS], ids=["plain", "fallbacks"])

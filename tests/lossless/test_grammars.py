@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerFast, set_seed
 
-from tests.decoding.rows import uneven_steps
+from tests.decoding.rows import Noted, uneven_steps
 from tests.targets import Architecture
 from transformers_resps import DraftHead, FixedPolicy, StepRecord, TreeShape, attach
 
@@ -172,17 +172,6 @@ def test_a_grammar_forces_the_same_text_by_the_same_calls_as_in_plain_generate(
         assert lengths == expected, drafter
         assert any(map(rejects, tree.speculation.steps)), drafter
         assert tree.speculation.tau > 1 or drafter == "head"
-
-
-class Noted(FixedPolicy):
-    """Remembers the steps, for calls that return a text alone."""
-
-    def __init__(self, shape: TreeShape) -> None:
-        super().__init__(shape)
-        self.steps: list[StepRecord] = []
-
-    def observe(self, record: StepRecord) -> None:
-        self.steps.append(record)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

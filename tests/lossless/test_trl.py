@@ -14,9 +14,10 @@ from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
 
+from tests.decoding.rows import Noted
 from tests.targets import Architecture
 from tests.tokenizers import letter_tokenizer
-from transformers_resps import FixedPolicy, StepRecord, SuffixMemory, TreeShape, attach
+from transformers_resps import SuffixMemory, TreeShape, attach
 
 
 ROWS = 4
@@ -29,23 +30,8 @@ ONLINE_DPO = {  # its rollouts go without a cache while it checkpoints gradients
     "config": partial(OnlineDPOConfig, max_new_tokens=32, temperature=0.02, gradient_checkpointing=False),
 }
 LORA = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"], r=4)
+LOOKUPS = TreeShape(1, 0, 1, lookup=4)
 WAYS = {"grpo": GRPO, "grpo with lora": GRPO | {"lora": LORA}, "rloo": RLOO, "online dpo": ONLINE_DPO}
-
-
-class Counted(FixedPolicy):
-    """Looks four tokens up at every step, and counts what came of it."""
-
-    def __init__(self) -> None:
-        super().__init__(TreeShape(1, 0, 1, lookup=4))
-        self.steps: list[StepRecord] = []
-
-    def observe(self, record: StepRecord) -> None:
-        self.steps.append(record)
-
-    @property
-    def accepted(self) -> int:
-        """Drafted tokens that were kept, over all rows and steps."""
-        return sum(sum(step.accepted) for step in self.steps)
 
 
 @dataclass
@@ -117,7 +103,7 @@ def train(tmp_path: Path) -> Callable[..., Training]:
 def drafted(train: Any, **options: Any) -> tuple[int, Training]:
     """A training in which drafted tokens were kept, and the seed of its target: rounding decides what each writes."""
     for seed in range(SEEDS):
-        policy = Counted()
+        policy = Noted(LOOKUPS)
         found = train(**options, policy=policy, seed=seed)
         if policy.accepted and found.shows_something:
             return seed, found
@@ -146,7 +132,7 @@ class Forgetting(TrainerCallback):
 
 def test_a_memory_of_rollouts_changes_no_training(train: Any) -> None:
     for seed in range(SEEDS):
-        memory, policy = SuffixMemory(), Counted()
+        memory, policy = SuffixMemory(), Noted(LOOKUPS)
         forgetting = Forgetting(memory)
         found = train(**GRPO, assistant_model=memory, policy=policy, seed=seed, callbacks=[forgetting])
         assert len(forgetting.held) == 3 and all(0 < held <= ROWS * 33 for held in forgetting.held)
@@ -168,8 +154,8 @@ def test_rollouts_under_bfloat16_autocast_train(train: Any) -> None:
 def test_dropout_is_refused_until_rollouts_are_told_to_leave_it_out(train: Any) -> None:
     lora = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], r=4, lora_dropout=0.5)
     with pytest.raises(ValueError, match="training mode"):
-        train(**GRPO, lora=lora, policy=Counted())
-    policy = Counted()
+        train(**GRPO, lora=lora, policy=Noted(LOOKUPS))
+    policy = Noted(LOOKUPS)
     found = train(**GRPO, lora=lora, policy=policy, eval_mode=True)
     assert len(found.steps) == 3 and policy.steps
     assert torch.isfinite(torch.tensor(found.steps)).all()
