@@ -5,20 +5,27 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.tokenizers import letter_tokenizer
 from transformers_resps import DraftHead
+from transformers_resps.tools.methods import Bench
 from transformers_resps.tools.session import Dialogue
 
 
-class Ticking:
-    """One second passes at every reading."""
+def interrupted_at_the_sixth_answer(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Press Ctrl-C once; the list grows with each answer that is not for warming up."""
+    decode, calls = Bench.decode, list[Any]()
 
-    def __init__(self) -> None:
-        self.now = 0.0
+    def counted(self: Bench, *args: Any, **kwargs: Any) -> Any:
+        if "max_new_tokens" not in kwargs:
+            calls.append(args)
+            if len(calls) == 6:
+                raise KeyboardInterrupt
+        return decode(self, *args, **kwargs)
 
-    def __call__(self) -> float:
-        self.now += 1.0
-        return self.now
+    monkeypatch.setattr(Bench, "decode", counted)
+    return calls
 
 
 def dialogue(name: str, *turns: str) -> Dialogue:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from tests.assistants.kinds import add_mtp_layer
 from tests.conftest import build_target
-from tests.tools.conversations import save_models, save_rows
+from tests.tools.conversations import interrupted_at_the_sixth_answer, save_models, save_rows
 from transformers_resps import DraftHead, FixedPolicy, TreeShape
 from transformers_resps.compilation import compiled as compiled_function
 from transformers_resps.data import write_training_prompts
@@ -23,7 +23,6 @@ from transformers_resps.policies.resps import ReSpSConfig, ReSpSPolicy
 from transformers_resps.tools import bench as command
 from transformers_resps.tools.bench import BenchConfig, load_policies, read_options
 from transformers_resps.tools.cli import BENCH_METHODS, add_bench_options, main
-from transformers_resps.tools.methods import Bench
 from transformers_resps.tools.quiet import BusyMachineError, checked_load
 from transformers_resps.tools.results import SAME_TEXT_INVARIANT
 
@@ -100,16 +99,7 @@ def test_a_benchmark_writes_everything(
 def test_after_ctrl_c_the_prompts_that_all_have_answered_are_written(
     bench: BenchCommand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    decode, calls = Bench.decode, []
-
-    def counted(self: Bench, *args: Any, **kwargs: Any) -> Any:
-        if "max_new_tokens" not in kwargs:  # no warm-up
-            calls.append(args)
-            if len(calls) == 6:
-                raise KeyboardInterrupt
-        return decode(self, *args, **kwargs)
-
-    monkeypatch.setattr(Bench, "decode", counted)
+    interrupted_at_the_sixth_answer(monkeypatch)
     assert bench("--methods", "prompt-lookup") == 130  # three methods
     stopped = results(tmp_path)
     assert stopped["partial"] and len(stopped["measurements"]) == 3
@@ -155,10 +145,11 @@ def test_plain_decoding_is_compiled_by_the_real_compiler(
     bench: BenchCommand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compiled_function.torch, "compile", REAL_COMPILE)
-    target, head, file = (str(tmp_path / name) for name in ("target", "head", "mine.jsonl"))
+    target, file = (str(tmp_path / name) for name in ("target", "mine.jsonl"))
+    build_target(num_hidden_layers=1).save_pretrained(target)
     quickly: dict[str, Any] = {"limit": 2, "max_new_tokens": 8, "repeats": 1, "output": tmp_path / "out"}
     asked: dict[str, Any] = {"policies": (), "methods": (), "pack": True, "compile": True, "accept_noise": True}
-    assert command.bench(BenchConfig(target, head, [file], **asked, **quickly)) == 0
+    assert command.bench(BenchConfig(target, None, [file], **asked, **quickly)) == 0
     found = results(tmp_path)
     assert [row["method"] for row in found["pooled"]] == ["plain", "plain, compiled"]
     assert found["not_compiled"] is None and found["packed"]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from tests.tools.conversations import Ticking
+from tests.conftest import FakeClock
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
 from transformers_resps.tools import methods
 from transformers_resps.tools.methods import Bench, Prompt, fixed_tree, plain, policies
@@ -20,7 +20,7 @@ PROMPT = Prompt("a/0", torch.tensor([1, 9, 8, 7]))
 
 @pytest.fixture
 def bench(tiny_target: PreTrainedModel) -> Bench:
-    return Bench(attach(tiny_target), 6, Ticking())
+    return Bench(attach(tiny_target), 6, FakeClock(tick=1.0))
 
 
 def test_every_method_is_counted_alike(bench: Bench, tiny_head: DraftHead) -> None:
@@ -41,7 +41,7 @@ def test_prefill_ends_where_the_second_forward_begins(bench: Bench) -> None:
 def test_prefill_of_our_methods_ends_where_the_first_token_is_given(
     bench: Bench, tiny_head: DraftHead, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(methods, "time", SimpleNamespace(perf_counter=Ticking()))
+    monkeypatch.setattr(methods, "time", SimpleNamespace(perf_counter=FakeClock(tick=1.0)))
     m = bench.decode(PROMPT, fixed_tree(tiny_head, SHAPE)).timing
     assert m.prefill_seconds == 2.0  # a tick at the start, for the prompt, and for each token
 

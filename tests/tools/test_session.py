@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from tests.conftest import FakeClock
 from tests.tokenizers import letter_tokenizer
-from tests.tools.conversations import Ticking, dialogue, save_rows
+from tests.tools.conversations import dialogue, save_rows
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
 from transformers_resps.data import prompt_fingerprint, read_training_prompts, to_tokens, write_training_prompts
 from transformers_resps.tools.methods import (
@@ -51,7 +52,7 @@ class Noting(Bench):
 
 @pytest.fixture
 def bench(tiny_target: PreTrainedModel) -> Noting:
-    made = Noting(attach(tiny_target), 6, Ticking())
+    made = Noting(attach(tiny_target), 6, FakeClock(tick=1.0))
     made.asked = []
     return made
 

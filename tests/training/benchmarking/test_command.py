@@ -10,10 +10,9 @@ import torch
 from transformers import PreTrainedModel
 
 from benchmarking import command
-from tests.tools.conversations import save_models, save_rows
+from tests.tools.conversations import interrupted_at_the_sixth_answer, save_models, save_rows
 from transformers_resps import DraftHead
 from transformers_resps.compilation import compiled as compiled_function
-from transformers_resps.tools.methods import Bench
 from transformers_resps.tools.results import BusyMachineError
 
 
@@ -71,16 +70,7 @@ def test_it_adds_the_best_fixed_tree_the_oracle_hashes_and_plots(
 def test_after_ctrl_c_the_same_command_goes_on(
     bench: BenchCommand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    decode, calls = Bench.decode, []
-
-    def counted(self: Bench, *args: Any, **kwargs: Any) -> Any:
-        if "max_new_tokens" not in kwargs:  # no warm-up
-            calls.append(args)
-            if len(calls) == 6:
-                raise KeyboardInterrupt
-        return decode(self, *args, **kwargs)
-
-    monkeypatch.setattr(Bench, "decode", counted)
+    calls = interrupted_at_the_sixth_answer(monkeypatch)
     options = ("--methods", "prompt-lookup")  # three methods, three turns
     assert bench(*options) == 130
     stopped = results(tmp_path)

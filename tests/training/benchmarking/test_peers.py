@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from benchmarking import vllm_side
 from benchmarking.command import main
 from benchmarking.peers import LLAMA_CPP_WAYS, MODULES, PEERS, Peer, load_peers, vllm_peers
-from tests.tools.conversations import Ticking
+from tests.conftest import FakeClock
 from transformers_resps import DraftHead, attach
 from transformers_resps.tools.methods import Answer, Bench, Prompt, plain
 from transformers_resps.tools.session import Judge
@@ -27,7 +27,7 @@ PROMPT = Prompt("a/0", torch.tensor([1, 30, 31, 30, 31, 30]))
 
 @pytest.fixture
 def bench(tiny_target: PreTrainedModel) -> Bench:
-    return Bench(attach(tiny_target), 12, Ticking())
+    return Bench(attach(tiny_target), 12, FakeClock(tick=1.0))
 
 
 def test_an_answer_of_another_library_is_counted_like_all_others(bench: Bench) -> None:
@@ -42,7 +42,7 @@ def test_an_answer_of_another_library_is_counted_like_all_others(bench: Bench) -
 
     method = Peer("other", answer, effort=6, seed_exact=False)
     bench.target.generation_config.eos_token_id = [2]
-    run = Bench(bench.target, 12, Ticking()).decode(PROMPT, method, temperature=0.5)
+    run = Bench(bench.target, 12, FakeClock(tick=1.0)).decode(PROMPT, method, temperature=0.5)
     assert asked == [([PROMPT.input_ids.tolist()], 12, 0.5, [2])]
     assert run.token_ids.tolist() == [7, 2] and run.timing.tokens == 2 and not run.steps
     assert run.timing.target_forwards == 2 and run.timing.prefill_seconds == 2.0
@@ -112,7 +112,7 @@ def test_openvino_decodes_the_converted_target_in_its_precision_plainly_and_with
     same["scheduler_config"] = SimpleNamespace(enable_prefix_caching=False)
     folder = str(tmp_path / "tiny-openvino")
     assert openvino.made == [(folder, "CPU", same), (folder, "CPU", {**same, "prompt_lookup": True})]
-    bench = Bench(model, 12, Ticking())
+    bench = Bench(model, 12, FakeClock(tick=1.0))
     run = bench.decode(PROMPT, one)
     assert run.token_ids.tolist() == [5, 6, 7, 2]
     assert (run.timing.target_forwards, run.timing.prefill_seconds) == (2, 2.0)
@@ -175,11 +175,11 @@ def test_llama_cpp_decodes_the_converted_target_and_keeps_nothing_between_calls(
         load_peers(["llama.cpp"], model, 8)
     (one,) = load_peers(["llama.cpp"], model)
     assert (one.name,) == LLAMA_CPP_WAYS[0]
-    ids, bench = PROMPT.input_ids.tolist(), Bench(model, 12, Ticking())
+    ids, bench = PROMPT.input_ids.tolist(), Bench(model, 12, FakeClock(tick=1.0))
     run = bench.decode(PROMPT, one)
     assert run.token_ids.tolist() == [7, 7, 7, 2] and run.timing.target_forwards == 4
     assert run.timing.prefill_seconds > 0
-    assert Bench(model, 2, Ticking()).decode(PROMPT, one, 5, 0.5).token_ids.tolist() == [7, 7]
+    assert Bench(model, 2, FakeClock(tick=1.0)).decode(PROMPT, one, 5, 0.5).token_ids.tolist() == [7, 7]
     *made, seed, asked, heat = Llama.told
     context = model.config.max_position_embeddings
     assert made == [str(tmp_path / "tiny.gguf"), context, torch.get_num_threads(), "reset", ids, 0.0, "reset"]
@@ -258,7 +258,7 @@ def test_vllm_decodes_plainly_with_its_lookup_and_with_our_head_in_processes_tha
     model.generation_config.eos_token_id = [2]
     with vllm_peers(other_python, model, tiny_head) as (peers, version):
         assert version == "0.0"
-        bench, drafted = Bench(model, 12, Ticking()), {}
+        bench, drafted = Bench(model, 12, FakeClock(tick=1.0)), {}
         for peer in peers:
             run = bench.decode(PROMPT, peer)
             assert (run.timing.target_forwards, run.timing.prefill_seconds) == (2, 0.5)
