@@ -31,9 +31,9 @@ def checkpoint(tmp_path: Path) -> Path:
     return folder
 
 
-def written(target: PreTrainedModel) -> list[int]:
-    text = torch.tensor([[3, 4, 5, 3, 4]])
-    tokens: list[int] = target.generate(text, policy="auto", compile="auto", max_new_tokens=12)[0].tolist()
+def written(target: PreTrainedModel, **options: Any) -> list[int]:
+    text, options = torch.tensor([[3, 4, 5, 3, 4]]), {"policy": "auto", "compile": "auto"} | options
+    tokens: list[int] = target.generate(text, max_new_tokens=12, do_sample=False, **options)[0].tolist()
     return tokens
 
 
@@ -41,36 +41,21 @@ def written(target: PreTrainedModel) -> list[int]:
 def test_a_call_with_auto_waits_for_nobody_and_a_later_one_takes_up_the_code(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The target's steps and a block head's drafts."""
     monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path / "compiled"))
     target = attach(AutoModelForCausalLM.from_pretrained(checkpoint))
-    state = target.speculation_state
-    before = written(target)
+    sizes = {"feature_layers": [0], "draft_vocab_size": 11, "owns_output_head": True, "confidence": True}
+    block_head(target, **sizes).save_pretrained(tmp_path / "head")
+    state, drafts = target.speculation_state, {"assistant_model": str(tmp_path / "head")}
+    before = written(target, **drafts)
     assert state.compiler.is_running and not state.slot_engine.is_compiled
     process = state.compiler._process
     assert process is not None
     process.wait()
     assert not state.compiler.is_running, "it has not failed"
-    (package,) = stored_packages(tmp_path / "compiled")
-    assert package.code == "steps, one row"
-    assert written(target) == before and state.slot_engine.is_compiled
-    assert len(stored_packages(tmp_path / "compiled")) == 1, "nothing else was compiled"
-
-
-@needs_compiler
-def test_drafts_of_a_block_head_are_compiled_for_later_calls(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path / "compiled"))
-    target = attach(AutoModelForCausalLM.from_pretrained(checkpoint))
-    sizes = {"feature_layers": [0], "draft_vocab_size": 11, "owns_output_head": True, "confidence": True}
-    block_head(target, **sizes).save_pretrained(tmp_path / "head")
-    assert cli.main(["compile", str(checkpoint), str(tmp_path / "head")]) == 0
-    codes = [package.code.split()[0] for package in stored_packages(tmp_path / "compiled")]
-    assert sorted(codes) == ["BlockPass", "steps,"]
-    call = {"max_new_tokens": 12, "do_sample": False}
-    text, drafts = torch.tensor([[3, 4, 5, 3, 4]]), {"assistant_model": str(tmp_path / "head"), "compile": "auto"}
-    assert target.generate(text, **call, **drafts).tolist() == target.generate(text, **call).tolist()
-    state = target.speculation_state
+    codes = [package.code for package in stored_packages(tmp_path / "compiled")]
+    assert "steps, one row" in codes and sorted(code.split()[0] for code in codes) == ["BlockPass", "steps,"]
+    assert written(target, **drafts) == before == written(target, policy="plain", compile=False)
     assert state.slot_engine.is_compiled and not state.draft_engines.lack_code and not state.compiler.is_running
     assert len(stored_packages(tmp_path / "compiled")) == 2, "nothing else was compiled"
 
