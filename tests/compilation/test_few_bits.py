@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, PreTrainedModel, TorchAoConfig
 
+from tests.compilation.as_it_is import compiled_as_it_is
 from tests.compilation.test_kernels import library_of
 from tests.kernels import needs_compiler
 from tests.targets import VOCABULARY, Architecture
@@ -240,11 +241,11 @@ def test_steps_of_a_quantized_target_run_compiled_and_exactly(
 ) -> None:
     monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
-    target = attach(quantized("int8", "intx 4", "nf4"), compile=True, invariant=True)
+    target = attach(quantized("int8", "intx 4", "nf4", num_hidden_layers=1), compile=True, invariant=True)
     prompt = torch.randint(1, VOCABULARY, (1, 9))
     with torch.no_grad():
         before = target(prompt).logits
-    head = DraftHead.from_target(target)
+    head = DraftHead.from_target(target, feature_layers=[0])
     settings = {"max_new_tokens": 16, "do_sample": False, "return_dict_in_generate": True}
     texts = [
         target.generate(prompt, **settings, **drafting).sequences.tolist()
@@ -256,7 +257,7 @@ def test_steps_of_a_quantized_target_run_compiled_and_exactly(
     ]
     assert texts[0] == texts[1] == texts[2]
     monkeypatch.setattr(packages, "_compile", None)  # code is loaded
-    again = attach(quantized("int8", "intx 4", "nf4"), compile=True, invariant=True)
+    again = attach(quantized("int8", "intx 4", "nf4", num_hidden_layers=1), compile=True, invariant=True)
     assert again.generate(prompt, **settings).sequences.tolist() == texts[0]
     for engine in (model.speculation_state.slot_engine for model in (target, again)):
         assert engine.is_compiled and not engine.is_broken and "without compilation" not in caplog.text
@@ -306,14 +307,15 @@ def test_a_model_that_was_cast_decodes_as_its_library_does_or_is_refused_by_name
 @needs_compiler
 @pytest.mark.parametrize("name", ["int8", "nf4"])
 def test_a_model_that_is_cast_after_it_was_compiled_goes_on_without(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
     target = attach(quantized(name))
-    written(target, policy=PLAIN, compile=True)
-    assert target.speculation_state.slot_engine.is_compiled
-    target.float()
-    assert written(target, policy=PLAIN, compile=True) == written(target, policy="plain")
+    with compiled_as_it_is() as noted:
+        written(target, policy=PLAIN, compile=True)
+        assert target.speculation_state.slot_engine.is_compiled
+        noted.clear()
+        target.float()
+        assert written(target, policy=PLAIN, compile=True) == written(target, policy="plain") and not noted
     (reason,) = [line for line in caplog.messages if "without compilation" in line]
     assert "compiled steps do not read" in reason and "in torch.float32 here" in reason
 
@@ -356,10 +358,10 @@ def test_a_scale_that_is_not_finite_is_refused_by_the_name_of_its_layer(name: st
 @needs_compiler
 def test_scales_of_zero_are_weights_of_zero(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
-    target = attach(quantized("int8", "intx 4"))
-    for layer in target.model.layers:
-        for own in (layer.mlp.up_proj, layer.self_attn.o_proj):
-            own.weight.scale.zero_()
+    target = attach(quantized("int8", "intx 4", num_hidden_layers=1))
+    (layer,) = target.model.layers
+    for own in (layer.mlp.down_proj, layer.self_attn.o_proj):  # one of each format
+        own.weight.scale.zero_()
     assert written(target, policy=PLAIN, compile=True) == written(target, policy="plain")
     assert target.speculation_state.slot_engine.is_compiled
 
@@ -371,7 +373,8 @@ def test_a_compiled_and_prepacked_target_saves_what_was_loaded(
 ) -> None:
     quantization = pytest.importorskip("torchao.quantization")
     monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path / "compiled"))
-    Architecture("qwen2", SIZES).build("sdpa").bfloat16().save_pretrained(tmp_path / "target")
+    sizes = SIZES | {"num_hidden_layers": 1}
+    Architecture("qwen2", sizes).build("sdpa").bfloat16().save_pretrained(tmp_path / "target")
     config = TorchAoConfig(quantization.Int8WeightOnlyConfig(version=2, set_inductor_config=False))
     target = AutoModelForCausalLM.from_pretrained(
         tmp_path / "target", dtype=torch.bfloat16, quantization_config=config, device_map="cpu"
@@ -400,6 +403,7 @@ def test_compiled_drafts_read_int8_weights_unless_the_head_says_no(
         raise RuntimeError("planted")
 
     monkeypatch.setattr(packages, "_compile", refused)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # without packages
     target = attach(Architecture("qwen2", SIZES).build("sdpa").bfloat16())
     head = DraftHead.from_target(target).eval()
     head.is_rounded = is_rounded
