@@ -3,15 +3,19 @@ vectors, by tiles and by the library.
 """
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from tests.kernels import needs_compiler, needs_instructions
-from transformers_resps.compilation import native
+from tests.targets import Architecture
+from transformers_resps import FixedPolicy, TreeShape, attach
+from transformers_resps.compilation import native, packages
 from transformers_resps.compilation.compiled import CompiledFunction
 from transformers_resps.compilation.kernels import (
     NEVER,
@@ -314,3 +318,175 @@ def test_packaged_code_attends_by_it(
     finally:
         torch.set_num_threads(before)
     assert len(stored_packages(tmp_path)) == 1
+
+
+class Decoder(nn.Module):
+    """A layer of Llama's kind, or with biases of Qwen2's, as Transformers computes it."""
+
+    def __init__(self, *, has_bias: bool = False, width: int = 96, heads: int = 6, key_heads: int = 2) -> None:
+        super().__init__()
+        torch.manual_seed(2)
+        self.norm, self.last_norm = (nn.Parameter(torch.rand(width) + 0.5) for _ in range(2))
+        inner, states = heads * HEAD, key_heads * HEAD
+        self.query = nn.Linear(width, inner, bias=has_bias)
+        self.key, self.value = (nn.Linear(width, states, bias=has_bias) for _ in range(2))
+        self.output = nn.Linear(inner, width, bias=False)
+        self.gate, self.up = (nn.Linear(width, 160, bias=False) for _ in range(2))
+        self.down = nn.Linear(160, width, bias=False)
+        self.to(torch.bfloat16).requires_grad_(False).eval()
+
+    def normed(self, rows: Tensor, weight: Tensor) -> Tensor:
+        wide = rows.to(torch.float32)
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5)
+        return weight * wide.to(torch.bfloat16)
+
+    def turned(self, states: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+        first, last = states[..., : HEAD // 2], states[..., HEAD // 2 :]
+        return states * cosines.unsqueeze(1) + torch.cat((-last, first), dim=-1) * sines.unsqueeze(1)
+
+    def forward(
+        self, rows: Tensor, cosines: Tensor, sines: Tensor, slots: Tensor, keys: Tensor, values: Tensor, mask: Tensor
+    ) -> Tensor:
+        normed, shape = self.normed(rows, self.norm), (1, rows.shape[1], -1, HEAD)
+        query, key, value = (part(normed).view(shape).transpose(1, 2) for part in (self.query, self.key, self.value))
+        query, key = self.turned(query, cosines, sines), self.turned(key, cosines, sines)
+        keys.index_copy_(2, slots[0], key)
+        values.index_copy_(2, slots[0], value)
+        seen = [states[:, :, : mask.shape[-1]] for states in (keys, values)]
+        attended = bf16_attention(query, *seen, mask, HEAD**-0.5).transpose(1, 2)
+        return self.after(rows, self.output(attended.transpose(1, 2).reshape(1, rows.shape[1], -1)))
+
+    def after(self, rows: Tensor, attended: Tensor) -> Tensor:
+        middle = rows + attended
+        normed = self.normed(middle, self.last_norm)
+        return middle + self.down(nn.functional.silu(self.gate(normed)) * self.up(normed))
+
+
+class _NormedAfter(Decoder):
+    def after(self, rows: Tensor, attended: Tensor) -> Tensor:
+        middle = rows + self.normed(attended, self.last_norm)
+        return middle + self.down(nn.functional.silu(self.gate(middle)) * self.up(middle))
+
+
+class _TurnedByPairs(Decoder):
+    def turned(self, states: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+        first, last = states[..., : HEAD // 2], states[..., HEAD // 2 :]
+        return states * cosines.unsqueeze(1) + torch.cat((last, first), dim=-1) * sines.unsqueeze(1)
+
+
+class _ReadTwiceLayer(Decoder):
+    def after(self, rows: Tensor, attended: Tensor) -> Tensor:
+        return super().after(rows, attended) + attended
+
+
+HEAD = 64
+LAYER = torch.ops.resps.bf16_layer.default
+CHANGING = [(1,), (1,), (1,), (1,), (2,), (2,), (2, 3)]
+
+
+def decoding(count: int, *, width: int = 96, key_heads: int = 2) -> list[Tensor]:
+    """The arguments of a layer for `count` tokens, at slots out of order, after 70 that are kept."""
+    generator = torch.Generator().manual_seed(3)
+    rows = torch.randn(1, 20, width, generator=generator)
+    angles = torch.rand(1, 20, HEAD // 2, generator=generator).repeat(1, 1, 2)
+    slots = 70 + torch.randperm(20, generator=generator)
+    keys, values = (torch.randn(1, key_heads, 100, HEAD, generator=generator).bfloat16() for _ in range(2))
+    seen = torch.arange(90) < 70
+    seen = seen | (slots[:count, None, None] == torch.arange(90)).cumsum(0).bool()[:, 0]
+    mask = torch.zeros(count, 90).masked_fill(~seen, torch.finfo(torch.bfloat16).min)[None, None].bfloat16()
+    given = [part[:, :count].bfloat16().contiguous() for part in (rows, angles.cos(), angles.sin())]
+    return [*given, slots[None, :count].contiguous(), keys, values, mask]
+
+
+def exported_layer(layer: Decoder) -> torch.export.ExportedProgram:
+    dynamic = tuple({place: torch.export.Dim.DYNAMIC for place in changing} for changing in CHANGING)
+    return torch.export.export(layer, tuple(decoding(5)), dynamic_shapes=dynamic, strict=False)
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("bits", [16, 8])
+def test_a_layer_of_the_usual_kind_becomes_one_operator(
+    has_bias: bool, bits: int, on_any_processor: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "reads_few_bits", lambda: True)
+    program = exported_layer(Decoder(has_bias=has_bias))
+    use_native(program, alike=False, bits=bits)
+    program.graph.lint()
+    (layer,) = program.graph.find_nodes(op="call_function", target=LAYER)
+    assert program.graph.output_node().args[0] == (layer,)
+    reading = {node for node in program.graph.nodes if set(map(str, node.all_input_nodes)) & set(DECODED)}
+    assert {node.target for node in reading - {layer, layer.args[3]}} <= {SIZE, CHECK}
+
+
+@pytest.mark.parametrize("kind", [_NormedAfter, _TurnedByPairs, _ReadTwiceLayer])
+def test_a_layer_of_almost_that_kind_stays(kind: type[Decoder], on_any_processor: None) -> None:
+    program = exported_layer(kind())
+    use_native(program, alike=False)
+    program.graph.lint()
+    assert not program.graph.find_nodes(op="call_function", target=LAYER)
+
+
+SIZE, CHECK = torch.ops.aten.sym_size.int, torch.ops.aten._assert_tensor_metadata.default
+DECODED = ("rows", "cosines", "sines", "slots", "keys", "values", "mask")
+
+
+@needs_instructions
+@needs_compiler
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("kernels", [VECTORS_ALONE, Kernels(Choice(1, NEVER), Choice(1, NEVER))], indirect=True)
+@torch.no_grad()
+def test_packaged_code_computes_a_layer_by_it(
+    kernels: Kernels, has_bias: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
+    layer = Decoder(has_bias=has_bias)
+    packages = ModulePackages(lambda: layer, "a layer")
+    compiled = CompiledFunction(lambda *given: layer(*given), CHANGING, packages=packages, name="layer")
+    whole = decoding(20)
+    wanted = compiled(whole)
+    for count in (1, 3, 7, 20):
+        ours, eager = decoding(count), decoding(count)
+        found, expected = compiled(ours), layer(*eager)
+        torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)
+        assert torch.equal(found, wanted[:, :count])
+        for states, others in zip(ours[4:6], eager[4:6], strict=True):
+            torch.testing.assert_close(states, others, rtol=0.02, atol=0.02)
+            assert torch.equal(states[:, :, :70], others[:, :, :70])
+    assert len(stored_packages(tmp_path)) == 2  # one row has code of its own
+
+
+PLAIN = FixedPolicy(TreeShape.plain())
+
+
+class _SeenError(BaseException):
+    """Ends compiling once the program is changed."""
+
+
+@pytest.mark.parametrize(
+    ("architecture", "layers"), [("llama", 2), ("qwen2", 2), ("mistral", 2), ("qwen3", 0), ("olmo2", 0)]
+)
+@pytest.mark.parametrize("is_exact", [False, True])
+def test_a_step_runs_one_operator_a_layer_of_the_usual_kind(
+    architecture: str,
+    layers: int,
+    is_exact: bool,
+    on_any_processor: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
+    sizes = {"hidden_size": 64, "head_dim": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
+    target = Architecture(architecture, sizes | {"num_hidden_layers": 2}).build("sdpa").bfloat16()
+    operators = Counter[object]()
+
+    def changed(program: torch.export.ExportedProgram, **options: Any) -> Kernels:
+        use_native(program, **options)
+        operators.update(node.target for node in program.graph.nodes)
+        raise _SeenError
+
+    monkeypatch.setattr(packages, "use_native", changed)
+    with pytest.raises(_SeenError):
+        attach(target, compile=True).generate(torch.tensor([[5, 7]]), policy=PLAIN, invariant=is_exact)
+    assert operators[LAYER] == layers
+    attending = torch.ops.resps.bf16_attention.default, torch.ops.resps.bf16_block_attention.default
+    assert sum(operators[operator] for operator in attending) == 2 - layers

@@ -270,6 +270,15 @@ typedef struct {
     int64_t groups;
 } RespsFewBits;
 
+// Where a layer's queries, keys and values are written. Blocks of queries and keys have 16 numbers of a head's first
+// half and 16 of its second half, which rotary embedding turns.
+typedef struct {
+    const Bf16 *cosines, *sines;  // [rows, width]
+    const int64_t* slots;  // place of each row's key and value
+    Bf16 *queries, *keys, *values;  // `queries` is [rows, heads, width]
+    int64_t heads, key_heads, width, key_head, key_place, value_head, value_place;  // the last four are strides
+} RespsRotated;
+
 typedef struct {
     const Bf16 *rows, *packed, *bias;
     Bf16* result;
@@ -277,6 +286,8 @@ typedef struct {
     int is_gated;  // whether a block's first half has weights of the gate, and its second half those that are gated
     int64_t tiles_from;  // least number of rows for tiles
     RespsFewBits bits;  // in place of `packed`, which then is null
+    const Bf16* added;  // [count, width], added to the rounded result; or null
+    const RespsRotated* rotated;  // in place of `result`, which then is null
 } RespsLinear;
 
 // silu(gate) * up, rounded as PyTorch does after each operator.
@@ -288,11 +299,47 @@ RESPS_INLINE __m512 resps_gated(__m512 gate, __m512 up) {
     return _mm512_mul_ps(resps_rounded(_mm512_mul_ps(input, share)), resps_rounded(up));
 }
 
+RESPS_INLINE __m512 resps_read_wide(const Bf16* place) {
+    return resps_wide(_mm256_loadu_si256((const __m256i*)place));
+}
+
+RESPS_INLINE void resps_write_rounded(Bf16* place, __m512 values) {
+    _mm256_storeu_si256((__m256i*)place, (__m256i)_mm512_cvtneps_pbh(values));
+}
+
+static void resps_write_rotated(const RespsLinear* of, int64_t row, int64_t block, const __m512* sums) {
+    const RespsRotated* to = of->rotated;
+    const int64_t half = to->width / 2, rotated = to->heads + to->key_heads;
+    int64_t head = block * LANES / half, place = block * LANES % half, second = half;
+    if (head >= rotated) head = block * BLOCK / to->width, place = block * BLOCK % to->width, second = LANES;
+    __m512 one = sums[0], other = sums[1];
+    if (of->bias) {
+        const Bf16* bias = of->bias + head * to->width + place;
+        one = _mm512_add_ps(one, resps_read_wide(bias)), other = _mm512_add_ps(other, resps_read_wide(bias + second));
+    }
+    Bf16* result = to->values + (head - rotated) * to->value_head + to->slots[row] * to->value_place;
+    if (head < rotated) {
+        const Bf16 *cosines = to->cosines + row * to->width + place, *sines = to->sines + row * to->width + place;
+        const __m512 first = resps_rounded(one), last = resps_rounded(other);  // as PyTorch rounds, after each operator
+        const __m512 across = resps_rounded(_mm512_mul_ps(last, resps_read_wide(sines)));
+        one = _mm512_sub_ps(resps_rounded(_mm512_mul_ps(first, resps_read_wide(cosines))), across);
+        const __m512 along = resps_rounded(_mm512_mul_ps(last, resps_read_wide(cosines + half)));
+        other = _mm512_add_ps(along, resps_rounded(_mm512_mul_ps(first, resps_read_wide(sines + half))));
+        result = to->keys + (head - to->heads) * to->key_head + to->slots[row] * to->key_place;
+        if (head < to->heads) result = to->queries + (row * to->heads + head) * to->width;
+    }
+    resps_write_rounded(result + place, one);
+    resps_write_rounded(result + place + second, other);
+}
+
 // Writes the results for one row and one block.
 RESPS_INLINE void resps_write(const RespsLinear* of, int64_t row, int64_t block, const __m512* sums) {
+    if (of->rotated) {
+        resps_write_rotated(of, row, block, sums);
+        return;
+    }
     if (of->is_gated) {
-        Bf16* result = of->result + row * of->width + block * LANES;
-        _mm256_storeu_si256((__m256i*)result, (__m256i)_mm512_cvtneps_pbh(resps_gated(sums[0], sums[1])));
+        resps_write_rounded(of->result + row * of->width + block * LANES, resps_gated(sums[0], sums[1]));
         return;
     }
     const int64_t first = block * BLOCK;
@@ -302,7 +349,12 @@ RESPS_INLINE void resps_write(const RespsLinear* of, int64_t row, int64_t block,
         if (of->bias) {
             sum = _mm512_add_ps(sum, resps_wide(_mm256_maskz_loadu_epi16(written, of->bias + first + v * LANES)));
         }
-        Bf16* result = of->result + row * of->width + first + v * LANES;
+        const int64_t place = row * of->width + first + v * LANES;
+        if (of->added) {
+            const __m512 added = resps_wide(_mm256_maskz_loadu_epi16(written, of->added + place));
+            sum = _mm512_add_ps(resps_rounded(sum), added);
+        }
+        Bf16* result = of->result + place;
         _mm256_mask_storeu_epi16(result, written, (__m256i)_mm512_cvtneps_pbh(sum));
     }
 }
@@ -346,18 +398,24 @@ static void resps_linear_vectors(const RespsLinear* of, int64_t block) {
     }
 }
 
-static void resps_linear(const RespsLinear* of) {
-    const int64_t columns = of->is_gated ? 2 * of->width : of->width, blocks = (columns + BLOCK - 1) / BLOCK;
-    const int by_tiles = of->count >= of->tiles_from && of->depth % DEEP == 0 && resps_has_tiles();
-#pragma omp parallel
-    {
-#pragma omp for schedule(static) nowait
-        for (int64_t block = 0; block < blocks; ++block) {
-            if (by_tiles) resps_linear_tiles(of, block);
-            else resps_linear_vectors(of, block);
-        }
-        resps_release_tiles();
-    }
+RESPS_INLINE int64_t resps_blocks_of(const RespsLinear* of) {
+    return ((of->is_gated ? 2 * of->width : of->width) + BLOCK - 1) / BLOCK;
+}
+
+// The part of `all` pieces of work that this thread of a team does.
+typedef struct {
+    int64_t first, end;
+} RespsSpan;
+
+static RespsSpan resps_span(int64_t all) {
+    const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
+    const RespsSpan span = {all * thread / threads, all * (thread + 1) / threads};
+    return span;
+}
+
+RESPS_INLINE int resps_by_tiles(const RespsLinear* of) {
+    const int64_t groups = of->packed ? 1 : of->bits.groups;
+    return of->count >= of->tiles_from && of->depth / groups % DEEP == 0 && resps_has_tiles();
 }
 
 // Computes silu(gate) * up for rows [count, 2 * width] that hold gate and up. The width is a multiple of LANES.
@@ -366,10 +424,8 @@ static void resps_gate(const Bf16* both, Bf16* result, int64_t count, int64_t wi
     for (int64_t row = 0; row < count; ++row) {
         for (int64_t column = 0; column < width; column += LANES) {
             const Bf16* gate = both + 2 * row * width + column;
-            const __m512 gated = resps_gated(
-                resps_wide(_mm256_loadu_si256((const __m256i*)gate)),
-                resps_wide(_mm256_loadu_si256((const __m256i*)(gate + width))));
-            _mm256_storeu_si256((__m256i*)(result + row * width + column), (__m256i)_mm512_cvtneps_pbh(gated));
+            const __m512 gated = resps_gated(resps_read_wide(gate), resps_read_wide(gate + width));
+            resps_write_rounded(result + row * width + column, gated);
         }
     }
 }
@@ -519,44 +575,76 @@ static void resps_decode_block(const RespsFewBits* bits, int64_t depth, int64_t 
     }
 }
 
-// Decodes codes for each group of rows, which takes less time than storing and loading them; for tiles once. Returns 0
-// if there is no memory.
-static int resps_few_bits(const RespsLinear* of) {
-    const int64_t columns = of->is_gated ? 2 * of->width : of->width, blocks = (columns + BLOCK - 1) / BLOCK;
-    const int64_t groups = (of->count + BLOCK_ROWS - 1) / BLOCK_ROWS, threads = omp_get_max_threads();
-    const int by_tiles =
-        of->count >= of->tiles_from && of->depth / of->bits.groups % DEEP == 0 && resps_has_tiles();
-    const int64_t decoded = by_tiles ? of->depth * BLOCK * (int64_t)sizeof(Bf16) : 0;
-    const int64_t sums = (of->bits.offsets ? of->count * of->bits.groups * (int64_t)sizeof(float) : 0) + CODE_LINE;
-    uint8_t* memory = (uint8_t*)_mm_malloc(threads * decoded + sums, CODE_LINE);
-    if (!memory) return 0;
-    float* inputs = (float*)(memory + threads * decoded);
+// Multiplies this thread's share of the blocks. Decodes codes for each group of rows, which takes less time than
+// storing and loading them; for tiles once.
+static void resps_share_few_bits(const RespsLinear* of, int by_tiles, uint8_t* memory) {
+    const int64_t groups = (of->count + BLOCK_ROWS - 1) / BLOCK_ROWS;
+    const RespsSpan span = resps_span(resps_blocks_of(of));
+    Bf16* weights = (Bf16*)memory;
+    float* inputs = (float*)(weights + (by_tiles ? of->depth * BLOCK : 0));
     if (of->bits.offsets) resps_sum_inputs(of, inputs);
+    __m512i tables[4];
+    resps_tables(of->bits.table, tables);
+    for (int64_t block = span.first; block < span.end; ++block) {
+        if (by_tiles) {
+            resps_decode_block(&of->bits, of->depth, block, tables, weights);
+            resps_few_bits_tiles(of, block, weights, inputs);
+            continue;
+        }
+        for (int64_t group = 0; group < groups; ++group) {
+            const int64_t row = of->count * group / groups;
+            const int count = (int)(of->count * (group + 1) / groups - row);
+            RESPS_BY_TWELVE(resps_few_bits_rows, count, of, row, block, tables, inputs)
+        }
+    }
+}
+
+#pragma GCC pop_options
+
+RESPS_INLINE int64_t resps_lines(int64_t bytes) { return (bytes + CODE_LINE - 1) / CODE_LINE * CODE_LINE; }
+
+// The bytes of memory that each thread needs for a product.
+static int64_t resps_memory(const RespsLinear* of) {
+    if (of->packed) return 0;
+    const int64_t decoded = resps_by_tiles(of) ? of->depth * BLOCK * (int64_t)sizeof(Bf16) : 0;
+    return decoded + resps_lines(of->bits.offsets ? of->count * of->bits.groups * (int64_t)sizeof(float) : 0);
+}
+
+// Each thread of a team calls this, and multiplies its share of the blocks.
+static void resps_share(const RespsLinear* of, uint8_t* memory) {
+    const int by_tiles = resps_by_tiles(of);
+    const RespsSpan span = resps_span(resps_blocks_of(of));
+    if (!of->packed) {
+        resps_share_few_bits(of, by_tiles, memory);
+        return;
+    }
+    for (int64_t block = span.first; block < span.end; ++block) {
+        if (by_tiles) resps_linear_tiles(of, block);
+        else resps_linear_vectors(of, block);
+    }
+}
+
+// Prefetches the first weights of this thread's share, so that memory does not idle before a product.
+static void resps_fetch(const RespsLinear* of) {
+    const int64_t bytes = of->packed ? (int64_t)sizeof(Bf16) * of->depth : of->bits.table ? of->depth / 2 : of->depth;
+    const uint8_t* start = of->packed ? (const uint8_t*)of->packed : of->bits.codes;
+    start += resps_span(resps_blocks_of(of)).first * BLOCK * bytes;
+    for (int line = 0; line < AHEAD_LINES; ++line) __builtin_prefetch(start + line * CODE_LINE, 0, 2);
+}
+
+// Returns 0 if there is no memory.
+static int resps_linear(const RespsLinear* of) {
+    const int64_t threads = omp_get_max_threads(), own = resps_memory(of);
+    uint8_t* memory = own ? (uint8_t*)_mm_malloc(threads * own, CODE_LINE) : 0;
+    if (own && !memory) return 0;
 #pragma omp parallel num_threads(threads)
     {
-        Bf16* weights = decoded ? (Bf16*)(memory + omp_get_thread_num() * decoded) : 0;
-        __m512i tables[4];
-        resps_tables(of->bits.table, tables);
-#pragma omp for schedule(static) nowait
-        for (int64_t block = 0; block < blocks; ++block) {
-            if (by_tiles) {
-                resps_decode_block(&of->bits, of->depth, block, tables, weights);
-                resps_few_bits_tiles(of, block, weights, inputs);
-                continue;
-            }
-            for (int64_t group = 0; group < groups; ++group) {
-                const int64_t row = of->count * group / groups;
-                const int count = (int)(of->count * (group + 1) / groups - row);
-                RESPS_BY_TWELVE(resps_few_bits_rows, count, of, row, block, tables, inputs)
-            }
-        }
+        resps_share(of, memory + omp_get_thread_num() * own);
         resps_release_tiles();
     }
     _mm_free(memory);
     return 1;
 }
-
-#pragma GCC pop_options
 
 // ---- attention
 
@@ -920,65 +1008,68 @@ RESPS_INLINE RespsSeen resps_seen_at(float* place, int64_t rows, int64_t padded)
     return seen;
 }
 
-// An item is one block of queries of one key head in one row, with all its tiles. The tiles of all items, in order, are
-// split evenly among the threads. Results of tiles are merged in the order of the tiles, whichever thread computed
-// them, so the number of threads changes no bit. If several threads share an item, they keep the result of each tile,
-// and the first of these threads merges all of them.
-static int resps_attend_to_all(const RespsAttention* of) {
-    const int64_t threads = omp_get_max_threads(), rows = resps_least(of->sharing * of->count, MOST_QUERIES);
-    const int64_t seen = (rows * (of->padded + 2) + LANES - 1) / LANES * LANES;  // number of floats
-    const int64_t halves = (rows * of->width + TILE * (of->width + of->padded) + LINES * TILE) / 2;
-    const int64_t own = 2 * seen + (halves + LANES - 1) / LANES * LANES;
-    const int64_t items = of->batch * of->key_heads * of->blocks, tiles = items * of->tiles;
-    const int64_t kept = resps_least(threads - 1, items) * of->tiles * seen;
-    float* memory = (float*)_mm_malloc((threads * own + kept) * sizeof(float), 64);
-    if (!memory) return 0;
-#pragma omp parallel num_threads(threads)
-    {
-        const int64_t thread = omp_get_thread_num(), count = omp_get_num_threads();
-        const int64_t first = tiles * thread / count, last = tiles * (thread + 1) / count;
-        float *place = memory + thread * own, *shared = 0;
-        RespsQueries at;
-        const RespsSeen scratch = resps_seen_at(place, rows, of->padded);
-        at.of_all = resps_seen_at(place + seen, rows, of->padded);
-        at.queries = (Bf16*)(place + 2 * seen);
-        at.keys = at.queries + rows * of->width;
-        at.values = at.keys + TILE * of->width;
-        at.weights = at.values + TILE * of->padded;
-        if (of->value_width < of->padded) __builtin_memset(at.values, 0, TILE * of->padded * sizeof *at.values);
-        for (int64_t tile = first; tile < last;) {
-            const int64_t item = tile / of->tiles, start = item * of->tiles, end = resps_least(start + of->tiles, last);
-            const int64_t owner = ((start + 1) * count - 1) / tiles;  // the first thread of this item
-            const int is_whole = tile == start && end == start + of->tiles;
-            shared = is_whole ? 0 : memory + threads * own + resps_least(owner, item) * of->tiles * seen;
-            resps_begin(of, &at, item);
-            if (is_whole) resps_begin_all(of, &at);
-            int is_first = is_whole && !of->own.sinks;  // the first tile needs no merging
-            for (; tile < end; ++tile) {
-                const int is_shared = tile - start < of->shared, is_all = is_first && is_shared;
-                at.of_tile = is_whole ? scratch : resps_seen_at(shared + (tile - start) * seen, rows, of->padded);
-                if (is_all) at.of_tile = at.of_all;
-                for (int row = 0; row < at.count; ++row) at.of_tile.total[row] = 0;
-                if (!is_shared) resps_own_tile(of, &at, item, tile - start - of->shared);
-                else if (resps_shared_tile(of, &at, item, tile - start)) is_first = 0;
-                if (is_whole && !is_all) resps_merge(of, &at, &scratch);
-            }
-            if (is_whole) resps_end(of, &at);
+// The number of floats of memory for attention: of each thread, and of tiles of an item that threads share.
+typedef struct {
+    int64_t rows, seen, own, kept;
+} RespsRoom;
+
+static RespsRoom resps_room(const RespsAttention* of, int64_t threads) {
+    RespsRoom room;
+    room.rows = resps_least(of->sharing * of->count, MOST_QUERIES);
+    room.seen = (room.rows * (of->padded + 2) + LANES - 1) / LANES * LANES;
+    const int64_t halves = (room.rows * of->width + TILE * (of->width + of->padded) + LINES * TILE) / 2;
+    room.own = 2 * room.seen + (halves + LANES - 1) / LANES * LANES;
+    room.kept = resps_least(threads - 1, of->batch * of->key_heads * of->blocks) * of->tiles * room.seen;
+    return room;
+}
+
+// Each thread of a team calls this. An item is one block of queries of one key head in one row, with all its tiles. The
+// tiles of all items, in order, are split evenly among the threads. Results of tiles are merged in the order of the
+// tiles, whichever thread computed them, so the number of threads changes no bit. If several threads share an item,
+// they keep the result of each tile, and the first of these threads merges all of them.
+static void resps_share_attention(const RespsAttention* of, const RespsRoom room, float* memory, int64_t threads) {
+    const int64_t rows = room.rows, seen = room.seen, items = of->batch * of->key_heads * of->blocks;
+    const int64_t thread = omp_get_thread_num(), count = omp_get_num_threads(), tiles = items * of->tiles;
+    const int64_t first = resps_span(tiles).first, last = resps_span(tiles).end;
+    float *place = memory + thread * room.own, *shared = 0;
+    RespsQueries at;
+    const RespsSeen scratch = resps_seen_at(place, rows, of->padded);
+    at.of_all = resps_seen_at(place + seen, rows, of->padded);
+    at.queries = (Bf16*)(place + 2 * seen);
+    at.keys = at.queries + rows * of->width;
+    at.values = at.keys + TILE * of->width;
+    at.weights = at.values + TILE * of->padded;
+    if (of->value_width < of->padded) __builtin_memset(at.values, 0, TILE * of->padded * sizeof *at.values);
+    for (int64_t tile = first; tile < last;) {
+        const int64_t item = tile / of->tiles, start = item * of->tiles, end = resps_least(start + of->tiles, last);
+        const int64_t owner = ((start + 1) * count - 1) / tiles;  // the first thread of this item
+        const int is_whole = tile == start && end == start + of->tiles;
+        shared = is_whole ? 0 : memory + threads * room.own + resps_least(owner, item) * of->tiles * seen;
+        resps_begin(of, &at, item);
+        if (is_whole) resps_begin_all(of, &at);
+        int is_first = is_whole && !of->own.sinks;  // the first tile needs no merging
+        for (; tile < end; ++tile) {
+            const int is_shared = tile - start < of->shared, is_all = is_first && is_shared;
+            at.of_tile = is_whole ? scratch : resps_seen_at(shared + (tile - start) * seen, rows, of->padded);
+            if (is_all) at.of_tile = at.of_all;
+            for (int row = 0; row < at.count; ++row) at.of_tile.total[row] = 0;
+            if (!is_shared) resps_own_tile(of, &at, item, tile - start - of->shared);
+            else if (resps_shared_tile(of, &at, item, tile - start)) is_first = 0;
+            if (is_whole && !is_all) resps_merge(of, &at, &scratch);
         }
-        resps_release_tiles();
-#pragma omp barrier
-        const int64_t start = last > first ? (last - 1) / of->tiles * of->tiles : 0;
-        if (shared && first <= start && last < start + of->tiles) {
-            resps_begin_all(of, &at);
-            for (int64_t tile = 0; tile < of->tiles; ++tile) {
-                const RespsSeen part = resps_seen_at(shared + tile * seen, rows, of->padded);
-                resps_merge(of, &at, &part);
-            }
-            resps_end(of, &at);
-        }
+        if (is_whole) resps_end(of, &at);
     }
-    _mm_free(memory);
-    return 1;
+    if (items % count == 0) return;  // no thread shares an item
+#pragma omp barrier
+    const int64_t start = last > first ? (last - 1) / of->tiles * of->tiles : 0;
+    if (shared && first <= start && last < start + of->tiles) {
+        resps_begin_all(of, &at);
+        for (int64_t tile = 0; tile < of->tiles; ++tile) {
+            const RespsSeen part = resps_seen_at(shared + tile * seen, rows, of->padded);
+            resps_merge(of, &at, &part);
+        }
+        resps_end(of, &at);
+    }
 }
 
 // The number of blocks of queries: the fewest possible, or a few more if items then divide evenly among the threads.
@@ -992,14 +1083,142 @@ static int64_t resps_blocks(const RespsAttention* of) {
     return fewest;
 }
 
-static int resps_attend(RespsAttention* of, int64_t tiles_from) {
+static void resps_plan(RespsAttention* of, int64_t tiles_from) {
     of->sharing = of->heads / of->key_heads;
     of->blocks = resps_blocks(of);
     of->shared = (of->length + TILE - 1) / TILE;
     of->tiles = of->shared + of->own.count;
     of->padded = (of->value_width + TILE - 1) / TILE * TILE;
     of->by_tiles = of->sharing * of->count >= tiles_from && resps_has_tiles();
-    return resps_attend_to_all(of);
+}
+
+// Returns 0 if there is no memory.
+static int resps_attend(RespsAttention* of, int64_t tiles_from) {
+    resps_plan(of, tiles_from);
+    const int64_t threads = omp_get_max_threads();
+    const RespsRoom room = resps_room(of, threads);
+    float* memory = (float*)_mm_malloc((threads * room.own + room.kept) * sizeof(float), CODE_LINE);
+    if (!memory) return 0;
+#pragma omp parallel num_threads(threads)
+    {
+        resps_share_attention(of, room, memory, threads);
+        resps_release_tiles();
+    }
+    _mm_free(memory);
+    return 1;
+}
+
+// ---- decoder layers
+
+// x + attention(norm(x)), then x + MLP(norm(x)), for the rows of one text.
+typedef struct {
+    const Bf16 *rows, *norms[2];
+    float epsilons[2];
+    RespsLinear states, output, gated, down;  // without rows; `states` gives queries, keys and values
+    RespsAttention attention;  // without queries
+    RespsRotated rotated;  // without queries
+} RespsLayer;
+
+// RMSNorm of the rows from `first` to `end`, rounded as PyTorch does.
+static void resps_normalize(
+    Bf16* result, const Bf16* rows, const Bf16* weight, float epsilon, int64_t width, int64_t first, int64_t end) {
+    for (int64_t place = first * width; place < end * width; place += width) {
+        __m512 sum = _mm512_setzero_ps();
+        for (int64_t column = 0; column < width; column += LANES) {
+            const __mmask16 lanes = resps_lanes(width - column);
+            const __m512 values = resps_wide(_mm256_maskz_loadu_epi16(lanes, rows + place + column));
+            sum = _mm512_fmadd_ps(values, values, sum);
+        }
+        const float mean = _mm512_reduce_add_ps(sum) / (float)width;
+        const __m512 factor = _mm512_set1_ps(1 / __builtin_sqrtf(mean + epsilon));
+        for (int64_t column = 0; column < width; column += LANES) {
+            const __mmask16 lanes = resps_lanes(width - column);
+            const __m512 values = resps_wide(_mm256_maskz_loadu_epi16(lanes, rows + place + column));
+            const __m512 scale = resps_wide(_mm256_maskz_loadu_epi16(lanes, weight + column));
+            const __m512 scaled = _mm512_mul_ps(resps_rounded(_mm512_mul_ps(values, factor)), scale);
+            _mm256_mask_storeu_epi16(result + place + column, lanes, (__m256i)_mm512_cvtneps_pbh(scaled));
+        }
+    }
+}
+
+// Each thread calls this. All normalize few rows, each in memory of its own, and together many rows.
+static void resps_share_norm(Bf16* result, const Bf16* rows, const RespsLayer* of, int which, int is_own) {
+    const RespsSpan all = {0, of->states.count}, span = is_own ? all : resps_span(all.end);
+    resps_normalize(result, rows, of->norms[which], of->epsilons[which], of->states.depth, span.first, span.end);
+    if (!is_own) {
+#pragma omp barrier
+    }
+}
+
+// The bytes of memory that a layer needs, and where its parts begin.
+typedef struct {
+    RespsRoom room;  // of attention, which comes first
+    int64_t threads, scratch, own, norms, normed, middle, queries, attended, gated, end;
+} RespsPlaces;
+
+static RespsPlaces resps_places(const RespsLayer* of) {
+    const RespsLinear* products[] = {&of->states, &of->output, &of->gated, &of->down};
+    const int64_t count = of->states.count, size = sizeof(Bf16);
+    RespsPlaces at;
+    at.threads = omp_get_max_threads();
+    at.room = resps_room(&of->attention, at.threads);
+    at.own = 0;  // bytes that each thread needs for products
+    for (int i = 0; i < 4; ++i) {
+        const int64_t needed = resps_memory(products[i]);
+        if (at.own < needed) at.own = needed;
+    }
+    at.norms = resps_lines(count * of->states.depth * size);
+    at.scratch = resps_lines((at.threads * at.room.own + at.room.kept) * (int64_t)sizeof(float));
+    at.normed = at.scratch + at.threads * at.own;
+    at.middle = at.normed + (count <= LINES ? at.threads : 1) * at.norms;
+    at.queries = at.middle + at.norms;
+    at.attended = at.queries + resps_lines(count * of->output.depth * size);
+    at.gated = at.attended + resps_lines(count * of->output.depth * size);
+    at.end = at.gated + resps_lines(count * of->gated.width * size);
+    return at;
+}
+
+// Each thread of a team calls this. There are four barriers, and those of attention and of norms of many rows.
+static void resps_share_layer(RespsLayer of, const RespsPlaces* at, uint8_t* memory) {
+    const int64_t thread = omp_get_thread_num(), is_own = of.states.count <= LINES;
+    uint8_t* scratch = memory + at->scratch + thread * at->own;
+    Bf16* normed = (Bf16*)(memory + at->normed + (is_own ? thread * at->norms : 0));
+    Bf16 *middle = (Bf16*)(memory + at->middle), *queries = (Bf16*)(memory + at->queries);
+    const RespsStates asked = {queries, 0, of.rotated.width, of.output.depth};
+    of.rotated.queries = queries, of.states.rotated = &of.rotated, of.attention.query = asked;
+    of.attention.result = (Bf16*)(memory + at->attended), of.gated.result = (Bf16*)(memory + at->gated);
+    of.states.rows = of.gated.rows = normed, of.output.rows = of.attention.result, of.down.rows = of.gated.result;
+    of.output.added = of.rows, of.output.result = middle, of.down.added = middle;
+    resps_fetch(&of.states);
+    resps_share_norm(normed, of.rows, &of, 0, is_own);
+    resps_share(&of.states, scratch);
+    resps_fetch(&of.output);
+#pragma omp barrier
+    resps_share_attention(&of.attention, at->room, (float*)memory, at->threads);
+#pragma omp barrier
+    resps_share(&of.output, scratch);
+    resps_fetch(&of.gated);
+#pragma omp barrier
+    resps_share_norm(normed, middle, &of, 1, is_own);
+    resps_share(&of.gated, scratch);
+    resps_fetch(&of.down);
+#pragma omp barrier
+    resps_share(&of.down, scratch);
+}
+
+// Computes a layer in one parallel region; returns 0 if there is no memory.
+static int resps_layer(RespsLayer* of, int64_t tiles_from) {
+    resps_plan(&of->attention, tiles_from);
+    const RespsPlaces at = resps_places(of);
+    uint8_t* memory = (uint8_t*)_mm_malloc(at.end, CODE_LINE);
+    if (!memory) return 0;
+#pragma omp parallel num_threads(at.threads)
+    {
+        resps_share_layer(*of, &at, memory);
+        resps_release_tiles();
+    }
+    _mm_free(memory);
+    return 1;
 }
 
 #ifdef RESPS_ALONE
@@ -1011,8 +1230,7 @@ int resps_run_alone(
     int is_gated, int64_t tiles_from) {
     const RespsLinear of = {(const Bf16*)rows, (const Bf16*)packed, (const Bf16*)bias, (Bf16*)result, count, depth,
                             width, is_gated, tiles_from, {0}};
-    resps_linear(&of);
-    return 1;
+    return resps_linear(&of);
 }
 
 int resps_run_few_bits_alone(
@@ -1020,7 +1238,7 @@ int resps_run_few_bits_alone(
     void* result, int64_t count, int64_t depth, int64_t width, int64_t groups, int is_gated, int64_t tiles_from) {
     const RespsLinear of = {(const Bf16*)rows, 0, (const Bf16*)bias, (Bf16*)result, count, depth, width, is_gated, tiles_from,
                             {(const uint8_t*)codes, (const float*)scales, (const float*)offsets, (const Bf16*)table, groups}};
-    return resps_few_bits(&of);
+    return resps_linear(&of);
 }
 
 // Attends in one row, with contiguous states and without a mask.
@@ -1088,8 +1306,7 @@ static AOTITorchError resps_run_linear(
     }
     const RespsLinear of = {(const Bf16*)input, (const Bf16*)weights, (const Bf16*)start, (Bf16*)output, count,
                             sizes[dimensions - 1], width, is_gated, tiles_from, {0}};
-    resps_linear(&of);
-    return AOTI_TORCH_SUCCESS;
+    return resps_linear(&of) ? AOTI_TORCH_SUCCESS : AOTI_TORCH_FAILURE;
 }
 
 AOTITorchError aoti_torch_cpu_bf16_linear(
@@ -1126,7 +1343,7 @@ AOTITorchError aoti_torch_cpu_packed_few_bits(
     const RespsLinear of = {
         (const Bf16*)input, 0, (const Bf16*)added, (Bf16*)output, count, sizes[dimensions - 1], width, is_gated, tiles_from,
         {(const uint8_t*)bytes, (const float*)scale, (const float*)offset, kind ? resps_numbers[kind - 1] : 0, groups[1]}};
-    return resps_few_bits(&of) ? AOTI_TORCH_SUCCESS : AOTI_TORCH_FAILURE;
+    return resps_linear(&of) ? AOTI_TORCH_SUCCESS : AOTI_TORCH_FAILURE;
 }
 
 AOTITorchError aoti_torch_cpu_bf16_gated(
@@ -1200,27 +1417,116 @@ static int resps_read_numbers(
     return sizes[0] == batch && sizes[1] == count && sizes[2] == width && is_contiguous;
 }
 
+// Reads the groups of nodes of a tree, whose mask has the strides in `of->mask`; returns 0 if sizes do not fit.
+static int resps_read_groups(
+    RespsAttention* of, const int64_t* masks, AtenTensorHandle nodes, AtenTensorHandle slots) {
+    int64_t* groups;
+    if (aoti_torch_get_sizes(nodes, &groups)) return 0;
+    of->own.count = groups[1];
+    const int64_t shared = masks[2] - of->own.count * MEMBERS, length = shared / of->count * TILE;
+    if (!resps_read_numbers(nodes, of->batch, of->own.count, MEMBERS, &of->own.nodes) ||
+        !resps_read_numbers(slots, of->batch, of->own.count, TILE, &of->own.slots) || masks[0] != of->batch ||
+        shared < 0 || shared % of->count || length > of->length || masks[3] != TILE || of->mask.place != TILE) {
+        return 0;
+    }
+    of->own.masks = of->mask.start + shared * TILE, of->own.masks_batch = of->mask.batch;
+    of->mask.place = of->length = length, of->mask.head = 0;
+    return 1;
+}
+
 AOTITorchError aoti_torch_cpu_bf16_block_attention(
     AtenTensorHandle query, AtenTensorHandle key, AtenTensorHandle value, AtenTensorHandle mask,
     AtenTensorHandle nodes, AtenTensorHandle slots, AtenTensorHandle* sinks, double scale, int64_t tiles_from,
     AtenTensorHandle* result) {
     RespsAttention of;
     void* scores = 0;
-    int64_t *masks, *groups;
+    int64_t* masks;
     if (resps_prepare_attention(query, key, value, scale, &of, result) || !resps_read(mask, &of.mask, &masks) ||
-        aoti_torch_get_sizes(nodes, &groups) || (sinks && aoti_torch_get_data_ptr(*sinks, &scores))) {
+        !resps_read_groups(&of, masks, nodes, slots) || (sinks && aoti_torch_get_data_ptr(*sinks, &scores))) {
         return AOTI_TORCH_FAILURE;
     }
-    of.own.count = groups[1], of.own.sinks = (const Bf16*)scores;
-    const int64_t shared = masks[2] - of.own.count * MEMBERS, length = shared / of.count * TILE;
-    if (!resps_read_numbers(nodes, of.batch, of.own.count, MEMBERS, &of.own.nodes) ||
-        !resps_read_numbers(slots, of.batch, of.own.count, TILE, &of.own.slots) || masks[0] != of.batch ||
-        shared < 0 || shared % of.count || length > of.length || masks[3] != TILE || of.mask.place != TILE) {
-        return AOTI_TORCH_FAILURE;
-    }
-    of.own.masks = of.mask.start + shared * TILE, of.own.masks_batch = of.mask.batch;
-    of.mask.place = of.length = length, of.mask.head = 0;
+    of.own.sinks = (const Bf16*)scores;
     return resps_attend(&of, tiles_from) ? AOTI_TORCH_SUCCESS : AOTI_TORCH_FAILURE;
+}
+
+// The start of a contiguous tensor with `count` numbers; null if it is another one.
+static void* resps_flat(AtenTensorHandle tensor, int64_t count) {
+    int64_t dimensions, *sizes, *strides, stride = 1;
+    void* start;
+    if (aoti_torch_get_dim(tensor, &dimensions) || aoti_torch_get_sizes(tensor, &sizes) ||
+        aoti_torch_get_strides(tensor, &strides) || aoti_torch_get_data_ptr(tensor, &start)) {
+        return 0;
+    }
+    for (int64_t i = dimensions - 1; i >= 0; stride *= sizes[i--]) {
+        if (sizes[i] > 1 && strides[i] != stride) return 0;
+    }
+    return stride == count ? start : 0;
+}
+
+AOTITorchError aoti_torch_cpu_bf16_layer(
+    AtenTensorHandle rows, AtenTensorHandle cosines, AtenTensorHandle sines, AtenTensorHandle slots,
+    AtenTensorHandle keys, AtenTensorHandle values, AtenTensorHandle mask, const AtenTensorHandle* groups, int64_t group_count,
+    const AtenTensorHandle* norms, int64_t,
+    const AtenTensorHandle* weights, int64_t, const AtenTensorHandle* factors, int64_t factor_count,
+    AtenTensorHandle* bias, const int64_t* kinds, int64_t, int64_t heads, double epsilon, double last_epsilon,
+    double scale, int64_t tiles_from, int64_t attention_tiles_from, AtenTensorHandle* result) {
+    RespsLayer of;
+    __builtin_memset(&of, 0, sizeof of);
+    RespsAttention* at = &of.attention;
+    int64_t dimensions, *sizes, *states, *others, *masks, *blocks[4], *parts[4];
+    void *starts[4], *scales[4], *offsets[4] = {0}, *output, *added = 0;
+    if (aoti_torch_get_dim(rows, &dimensions) || dimensions != 3 || aoti_torch_get_sizes(rows, &sizes) || sizes[0] != 1 ||
+        !resps_read(keys, &at->key, &states) || !resps_read(values, &at->value, &others) ||
+        !resps_read(mask, &at->mask, &masks) || (bias && aoti_torch_get_data_ptr(*bias, &added))) {
+        return AOTI_TORCH_FAILURE;
+    }
+    for (int i = 0; i < 4; ++i) {
+        if (aoti_torch_get_sizes(weights[i], &blocks[i]) || aoti_torch_get_data_ptr(weights[i], &starts[i]) ||
+            (factor_count && (aoti_torch_get_sizes(factors[i], &parts[i]) || aoti_torch_get_data_ptr(factors[i], &scales[i]))) ||
+            (factor_count > 4 && aoti_torch_get_data_ptr(factors[4 + i], &offsets[i]))) {
+            return AOTI_TORCH_FAILURE;
+        }
+    }
+    const int64_t count = sizes[1], width = sizes[2], head = states[3], inner = blocks[3][1] * (kinds[3] > 0 ? 4 : 2);
+    const int64_t depths[] = {width, heads * head, width, inner};
+    const int64_t widths[] = {(heads + 2 * states[1]) * head, width, inner, width};
+    RespsLinear* products[] = {&of.states, &of.output, &of.gated, &of.down};
+    for (int i = 0; i < 4; ++i) {
+        RespsLinear* one = products[i];
+        one->count = count, one->depth = depths[i], one->width = widths[i];
+        one->is_gated = i == 2, one->tiles_from = tiles_from;
+        if (kinds[i] < 0) {
+            one->packed = (const Bf16*)starts[i];
+        } else {
+            const RespsFewBits bits = {(const uint8_t*)starts[i], (const float*)scales[i], (const float*)offsets[i],
+                                       kinds[i] ? resps_numbers[kinds[i] - 1] : 0, parts[i][1]};
+            one->bits = bits;
+        }
+        if (blocks[i][1] * (kinds[i] > 0 ? 4 : 2) != depths[i] || blocks[i][0] != resps_blocks_of(one)) return AOTI_TORCH_FAILURE;
+    }
+    of.states.bias = (const Bf16*)added;
+    of.rows = (const Bf16*)resps_flat(rows, count * width);
+    for (int i = 0; i < 2; ++i) of.norms[i] = (const Bf16*)resps_flat(norms[i], width);
+    of.epsilons[0] = (float)epsilon, of.epsilons[1] = (float)last_epsilon;
+    const RespsRotated rotated = {
+        (const Bf16*)resps_flat(cosines, count * head), (const Bf16*)resps_flat(sines, count * head),
+        (const int64_t*)resps_flat(slots, count), 0, (Bf16*)at->key.start, (Bf16*)at->value.start, heads, states[1], head,
+        at->key.head, at->key.place, at->value.head, at->value.place};
+    if (!of.rows || !of.norms[0] || !of.norms[1] || !rotated.cosines || !rotated.sines || !rotated.slots ||
+        states[0] != 1 || others[0] != 1 || heads % states[1] || others[1] != states[1] || others[3] != head ||
+        others[2] != states[2] || head % BLOCK || masks[0] != 1 || masks[1] != 1) {
+        return AOTI_TORCH_FAILURE;
+    }
+    at->scale = (float)scale, at->batch = 1, at->heads = heads, at->key_heads = states[1], at->count = count;
+    at->length = group_count ? states[2] : masks[3], at->width = at->value_width = head;
+    const int is_read = group_count ? resps_read_groups(at, masks, groups[0], groups[1])
+                                    : (masks[2] == 1 || masks[2] == count) && masks[3] <= states[2];
+    if (!is_read || resps_made(3, sizes, aoti_torch_dtype_bfloat16(), result, &output)) return AOTI_TORCH_FAILURE;
+    for (int64_t i = 0; i < count; ++i) {
+        if (rotated.slots[i] < 0 || rotated.slots[i] >= states[2]) return AOTI_TORCH_FAILURE;
+    }
+    of.rotated = rotated, of.down.result = (Bf16*)output;
+    return resps_layer(&of, attention_tiles_from) ? AOTI_TORCH_SUCCESS : AOTI_TORCH_FAILURE;
 }
 
 #endif

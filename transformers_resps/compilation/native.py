@@ -1,15 +1,17 @@
-"""Linear layers and attention in bfloat16 for packaged code, on CPUs with AVX512-BF16, with AMX or without.
+"""Linear layers, attention and decoder layers for packaged code, on CPUs with AVX512-BF16, with AMX or without.
 
 oneDNN reads weights as fast, but each call has an overhead of about 20 us between other work and with cold caches: in
-all, a sixth of SmolLM2's step. PyTorch's attention multiplies in float32, and takes two to four times as long.
+all, a sixth of SmolLM2's step. PyTorch's attention multiplies in float32, and takes two to four times as long. A
+decoder layer of the usual kind (RMSNorm before, rotary embedding, gated MLP with SiLU) is one operator for one text:
+its threads start once and meet at barriers.
 `native.cpp` is compiled into the code that calls it. With its kernels, the result of a row does not depend on other
 rows, not even in its last bits. `kernels.py` chooses the kernel for each number of rows.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import permutations
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -33,6 +35,7 @@ from .kernels import (
 
 
 _STEP = 32  # A head's width is a multiple of this.
+_STEP_ROWS = 16  # A decoder layer stays in parts if oneDNN multiplies so few rows.
 _Operator: TypeAlias = torch._ops.OpOverload
 
 
@@ -162,6 +165,62 @@ def _(query: Tensor, key: Tensor, value: Tensor, *_: object) -> Tensor:
     return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
 
 
+@torch.library.custom_op(
+    "resps::bf16_layer", mutates_args=("keys", "values"), tags=(torch.Tag.needs_fixed_stride_order,)
+)
+def bf16_layer(
+    rows: Tensor,
+    cosines: Tensor,
+    sines: Tensor,
+    slots: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    groups: Sequence[Tensor],
+    norms: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    factors: Sequence[Tensor],
+    bias: Tensor | None,
+    kinds: Sequence[int],
+    heads: int,
+    epsilon: float,
+    last_epsilon: float,
+    scale: float,
+    tiles_from: int,
+    attention_tiles_from: int,
+) -> Tensor:
+    """Compute a decoder layer for the rows `[1, n, width]` of one text; only packaged code calls this.
+
+    Args:
+        rows: `x`; the result is `y + mlp(norm(y))` with `y = x + attention(norm(x))`.
+        cosines: `[1, n, hd]` of the rotary embedding.
+        sines: like `cosines`.
+        slots: `[n]` the place of each row in `keys` and `values`.
+        keys: `[1, kv heads, t, hd]`; those of the rows are written.
+        values: like `keys`.
+        mask: `[1, 1, n, t or fewer]`, added to the scores; with `groups` that of `bf16_block_attention`.
+        groups: nothing, or nodes and slots of `bf16_block_attention`.
+        norms: weights of both RMSNorms.
+        weights: packed weights of queries (their rows, and those of keys, in the order of `_paired`), keys and values;
+            of the output; of gate and up; and of down.
+        factors: the packed scales of weights in few bits, then their offsets.
+        bias: of queries, keys and values, in their own order.
+        kinds: for each weight its `Codes`, or -1 for bf16.
+        heads: number of query heads.
+        epsilon: of the first norm.
+        last_epsilon: of the second norm.
+        scale: factor of the scores.
+        tiles_from: see `Choice`.
+        attention_tiles_from: as in `bf16_attention`.
+    """
+    raise NotImplementedError("native.cpp has the only implementation")
+
+
+@bf16_layer.register_fake
+def _(rows: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(rows, memory_format=torch.contiguous_format)
+
+
 def native_operators() -> Mapping[_Operator, list[str]]:
     """Map our operators to C++ source that inductor includes: `native.cpp` for the first, nothing for the others."""
     operators = torch.ops.resps
@@ -171,6 +230,7 @@ def native_operators() -> Mapping[_Operator, list[str]]:
         operators.bf16_attention,
         operators.bf16_block_attention,
         operators.packed_few_bits,
+        operators.bf16_layer,
     )
     return {first.default: [SOURCE.read_text(encoding="utf-8")], **{call.default: [] for call in others}}
 
@@ -202,19 +262,21 @@ def use_native(program: ExportedProgram, *, alike: bool, bits: int = 16) -> Kern
     if bits < 16 and reads_few_bits():
         _round_weights(program, bits)
     by_input = _layers(program) if our_kernels() else {}
-    attending = [
-        node
-        for operator in (torch.ops.resps.bf16_attention.default, torch.ops.resps.bf16_block_attention.default)
-        for node in graph.find_nodes(op="call_function", target=operator)
-    ]
     weights = [
         _value(layer.args[1]) for (_, layout), layers in by_input.items() if layout.kind is None for layer in layers
     ]
-    states = [[_value(part) for part in node.args[:2]] for node in attending]
+    states = [[_value(part) for part in node.args[:2]] for node in _attending(graph)]
     heads = tuple((query.shape[1], key.shape[1], query.shape[3]) for query, key in states)
     products = Products(tuple((weight.shape[1], weight.shape[0]) for weight in weights), heads)
     kernels = chosen_kernels(products, alike=alike)
-    for node in attending:
+    if kernels.attention.library_from > 1:
+        layouts = {node: layout for (_, layout), nodes in by_input.items() for node in nodes}
+        for attention in _attending(graph):
+            layer = _decoder_layer(attention, layouts)
+            if layer is not None:
+                _replace_layer(graph, layer, kernels)
+        by_input = _layers(program)
+    for node in _attending(graph):
         _choose_attention(graph, node, kernels.attention)
     for (_, layout), layers in by_input.items():
         choice = kernels.linear if layout.kind is None else few_bits_kernel()
@@ -222,6 +284,12 @@ def use_native(program: ExportedProgram, *, alike: bool, bits: int = 16) -> Kern
             _join(graph, layers, choice)
     program.graph_module.recompile()
     return kernels
+
+
+def _attending(graph: Graph) -> list[Node]:
+    """Return the nodes of our attention operators."""
+    operators = torch.ops.resps.bf16_attention.default, torch.ops.resps.bf16_block_attention.default
+    return [node for operator in operators for node in graph.find_nodes(op="call_function", target=operator)]
 
 
 class _Layout(NamedTuple):
@@ -371,23 +439,231 @@ def _multiply(graph: Graph, layers: list[Node], choice: Choice, *, is_gated: boo
     """Insert and return one operator for all layers, or with `is_gated` for `silu(first) * second` without biases."""
     operators, rows = torch.ops.resps, layers[0].args[0]
     width = _value(layers[0]).shape[-1] if is_gated else sum(_value(layer).shape[-1] for layer in layers)
+    packed, factors, bias, kind = _packed_layers(graph, layers, is_gated=is_gated)
+    if kind >= 0:
+        arguments = rows, packed, *factors, bias, width, kind, is_gated, choice.tiles_from
+        return _call(graph, operators.packed_few_bits.default, *arguments)
+    library = _library_weight(graph, [layer.args[1] for layer in layers], choice)
+    if is_gated:
+        return _call(graph, operators.bf16_gated.default, rows, packed, library, width, *choice)
+    return _call(graph, operators.bf16_linear.default, rows, packed, bias, library, width, *choice)
+
+
+class _Packed(NamedTuple):
+    weight: Node
+    factors: list[Node | None]  # scales and offsets; two `None` for bf16
+    bias: Node | None
+    kind: int  # of the `Codes`; -1 for bf16
+
+
+def _packed_layers(graph: Graph, layers: list[Node], *, is_gated: bool, head: int = 0) -> _Packed:
+    """Insert operators that pack layers' weights; with `head`, the width of heads, the first two `_paired`."""
+    operators = torch.ops.resps
     is_few_bits = layers[0].target is operators.few_bits_linear.default
     columns = list(zip(*(layer.args[1:] for layer in layers), strict=True))  # weights, then further arguments
     biases = columns[3] if is_few_bits else columns[1] if len(columns) > 1 else [None]
     bias = None if biases[0] is None else _call(graph, torch.ops.aten.cat.default, list(biases))
-    weights = list(columns[0])
+    kind = layers[0].args[5] if is_few_bits else -1
+    assert isinstance(kind, int)
+    weights, *factors = (
+        [_paired(graph, part, head) if head and place < 2 else part for place, part in enumerate(parts)]
+        for parts in (columns[:3] if is_few_bits else columns[:1])
+        if parts[0] is not None
+    )
     if is_few_bits:
-        kind = layers[0].args[5]
         codes = _call(graph, operators.pack_codes.default, weights, kind, is_gated)
-        factors = [
-            None if parts[0] is None else _call(graph, operators.pack_factors.default, list(parts), is_gated)
-            for parts in columns[1:3]
-        ]
-        arguments = rows, codes, *factors, bias, width, kind, is_gated, choice.tiles_from
-        return _call(graph, operators.packed_few_bits.default, *arguments)
-    library = _library_weight(graph, weights, choice)
+        made = [_call(graph, operators.pack_factors.default, parts, is_gated) for parts in factors]
+        return _Packed(codes, [*made, None][:2], bias, kind)
     if is_gated:
-        packed = _call(graph, operators.pack_gated.default, *weights)
-        return _call(graph, operators.bf16_gated.default, rows, packed, library, width, *choice)
-    packed = _call(graph, operators.pack_linear.default, weights)
-    return _call(graph, operators.bf16_linear.default, rows, packed, bias, library, width, *choice)
+        return _Packed(_call(graph, operators.pack_gated.default, *weights), [None, None], bias, kind)
+    return _Packed(_call(graph, operators.pack_linear.default, weights), [None, None], bias, kind)
+
+
+class _Layer(NamedTuple):
+    """A decoder layer of the usual kind, which `bf16_layer` computes."""
+
+    read: dict[Node, None]  # its nodes
+    checks: dict[Node, None]  # nodes that only check its values
+    end: Node  # gives the result
+    attention: Node
+    linear: list[Node]  # of queries, keys and values, the output, gate and up, and down
+    tensors: list[Argument]  # the first arguments of `bf16_layer`, up to `norms`
+    slots: tuple[Argument, ...]  # arguments of the node that gives the slots
+    sizes: list[Argument]  # `heads`, `epsilon`, `last_epsilon` and `scale`
+
+
+class _OtherLayerError(Exception):
+    """A layer is not of the usual kind."""
+
+
+def _only(nodes: Iterable[Node]) -> Node:
+    node, *others = nodes
+    _expect(not others)
+    return node
+
+
+def _expect(holds: object) -> None:
+    if not holds:
+        raise _OtherLayerError
+
+
+class _LayerReader:
+    """Reads the nodes of a layer, each before its inputs, and notes them. `served` are nodes of linear layers.
+
+    Arguments of nodes have any type: where one is not as expected, reading it raises an error.
+    """
+
+    def __init__(self, served: Collection[Node]) -> None:
+        self.read: dict[Node, None] = {}
+        self._served = served
+
+    def call(self, node: Any, operator: _Operator | None = None) -> tuple[Any, ...]:
+        """Return the arguments of a call of `operator`."""
+        _expect(isinstance(node, Node) and operator in (None, node.target) and not node.kwargs)
+        self.read[node] = None
+        return node.args
+
+    def linear(self, node: Any) -> tuple[Any, Node]:
+        """Return the input of a linear layer, and its node."""
+        _expect(node in self._served)
+        return self.call(node)[0], node
+
+    def norm(self, node: Any) -> tuple[Any, Any, Any]:
+        """Return the input, the weight and the epsilon of an RMSNorm."""
+        aten = torch.ops.aten
+        weight, rounded = self.call(node, aten.mul.Tensor)
+        scaled, *narrow = self.call(rounded, aten.to.dtype)
+        wide, root = self.call(scaled, aten.mul.Tensor)
+        mean, epsilon = self.call(self.call(root, aten.rsqrt.default)[0], aten.add.Tensor)
+        squares, *along = self.call(mean, aten.mean.dim)
+        base, power = self.call(squares, aten.pow.Tensor_Scalar)
+        rows, *dtype = self.call(wide, aten.to.dtype)
+        _expect(base is wide and (along, power) == ([[-1], True], 2) and isinstance(epsilon, float))
+        _expect((narrow, dtype) == ([torch.bfloat16], [torch.float32]))
+        _expect(_value(rows).dtype is _value(weight).dtype is torch.bfloat16 and _value(weight).dim() == 1)
+        return rows, weight, epsilon
+
+    def rotated(self, node: Any) -> tuple[Any, list[Any]]:
+        """Return the input, and cosines and sines, of a rotary embedding."""
+        aten = torch.ops.aten
+        straight, across = self.call(node, aten.add.Tensor)
+        states, cosines = self.call(straight, aten.mul.Tensor)
+        swapped, sines = self.call(across, aten.mul.Tensor)
+        halves, *along = self.call(swapped, aten.cat.default)
+        last, *second = self.call(self.call(halves[0], aten.neg.default)[0], aten.slice.Tensor)
+        start, *first = self.call(halves[1], aten.slice.Tensor)
+        width = _value(states).shape[-1]
+        _expect(last is states and start is states and len(halves) == 2 and along == [-1])
+        _expect(first == [3, 0, width // 2] and second[:2] == [3, width // 2] and second[2] >= width)
+        parts = [self.call(part, aten.unsqueeze.default) for part in (cosines, sines)]
+        _expect(all(place == 1 and _value(part).shape[2:] == (width,) for part, place in parts))
+        return states, [part for part, _ in parts]
+
+    def heads(self, node: Any) -> tuple[Any, Node]:
+        """Return the input and the node of the linear layer that makes states `[1, heads, n, hd]`."""
+        split, *swapped = self.call(node, torch.ops.aten.transpose.int)
+        states, shape = self.call(split, torch.ops.aten.view.default)
+        _expect(swapped == [1, 2] and len(shape) == 4 and shape[0] == 1)
+        return self.linear(states)
+
+    def kept(self, node: Any) -> tuple[Any, tuple[Any, ...], Any]:
+        """Return the buffer to which states are written, how their slots are picked, and the states."""
+        aten = torch.ops.aten
+        if node.target is aten.slice.Tensor:
+            node, *part = self.call(node, node.target)
+            _expect(part[0] == 2 and part[1] in (None, 0))
+        buffer, along, slots, states = self.call(node, aten.index_copy_.default)
+        _expect(along == 2 and buffer.op == "placeholder")
+        return buffer, self.call(slots, aten.select.int), states
+
+    def layer(self, attention: Node) -> _Layer:
+        """Read the layer around an attention."""
+        aten = torch.ops.aten
+        takes_blocks = attention.target is torch.ops.resps.bf16_block_attention.default
+        query, key, value, mask, *groups, scale = self.call(attention)[: 8 if takes_blocks else 5]
+        if groups:
+            _expect(groups.pop() is None)  # sinks
+        middle = attention
+        while middle.target is not aten.add.Tensor:
+            middle = _only(middle.users)
+        end = _only(user for user in middle.users if user.target is aten.add.Tensor)
+        (between, written), (rows, attended) = (self.call(node, aten.add.Tensor) for node in (end, middle))
+        gated, down = self.linear(written)
+        sides = self.call(gated, aten.mul.Tensor)
+        silu, product = sorted(sides, key=lambda node: node.target is not aten.silu.default)
+        (normed, gate), (other, up) = self.linear(self.call(silu, aten.silu.default)[0]), self.linear(product)
+        last_rows, *last_norm = self.norm(normed)
+        flat, output = self.linear(attended)
+        states, shape = self.call(flat, aten.reshape.default)
+        if states is not attention:  # swapped twice
+            states, *swapped = self.call(states, aten.transpose.int)
+            states, *again = self.call(states, aten.transpose.int)
+            _expect(swapped == again == [1, 2])
+        queries, angles = self.rotated(query)
+        keys, slots, new_keys = self.kept(key)
+        values, value_slots, new_values = self.kept(value)
+        unrotated, key_angles = self.rotated(new_keys)
+        made = [self.heads(part) for part in (queries, unrotated, new_values)]
+        first, *norm = self.norm(made[0][0])
+        _expect(states is attention and len(shape) == 3 and shape[0] == 1 and shape[2] == -1)
+        _expect(between is last_rows is middle and other is normed and first is rows and slots == value_slots)
+        _expect(all(part[0] is made[0][0] for part in made) and angles == key_angles and slots[1:] == (0, 0))
+        sizes = _value(rows).shape[0], *_value(mask).shape[:2]
+        _expect(all(isinstance(size, int) and size == 1 for size in sizes))
+        _expect(_value(query).shape[3] == _value(value).shape[3] and _value(slots[0]).dtype is torch.int64)
+        users = {user: None for node in self.read for user in node.users if node is not end and user not in self.read}
+        _expect(all(user.target is aten._assert_tensor_metadata.default for user in users))
+        others = {user for buffer in (keys, values) for user in buffer.users if user not in self.read}
+        _expect(all(user.target is aten.sym_size.int for user in others))
+        tensors = [rows, *angles, keys, values, mask, groups, [norm[0], last_norm[0]]]
+        linear = [*(node for _, node in made), output, gate, up, down]
+        heads = _value(query).shape[1]
+        return _Layer(self.read, users, end, attention, linear, tensors, slots, [heads, norm[1], last_norm[1], scale])
+
+
+def _decoder_layer(attention: Node, layouts: Mapping[Node, _Layout]) -> _Layer | None:
+    """Return the layer around an attention if `bf16_layer` can replace it. `layouts` are those of linear layers."""
+    try:
+        layer = _LayerReader(layouts).layer(attention)
+    except (_OtherLayerError, ValueError, AttributeError, TypeError, IndexError):  # arguments of other kinds
+        return None
+    query, key, value, output, gate, up, down = (layouts[node] for node in layer.linear)
+    alike = {(layout.kind is None, layout.has_offsets) for layout in (query, output, gate, down)}
+    has_bias = any(layout.has_bias for layout in (output, gate, down))
+    width = _value(layer.linear[4]).shape[-1]
+    fits = query == key == value and gate == up and len(alike) == 1 and not has_bias and width % (BLOCK // 2) == 0
+    return layer if fits else None
+
+
+def _replace_layer(graph: Graph, layer: _Layer, kernels: Kernels) -> None:
+    """Put `bf16_layer` in the place of a layer's nodes, unless oneDNN multiplies few rows faster."""
+    is_few_bits = layer.linear[0].target is torch.ops.resps.few_bits_linear.default
+    choice = few_bits_kernel() if is_few_bits else kernels.linear
+    if choice.library_from <= _STEP_ROWS:
+        return
+    query, key, value, output, gate, up, down = layer.linear
+    head = _value(layer.attention.args[0]).shape[3]
+    with graph.inserting_before(layer.end):
+        packed = [
+            _packed_layers(graph, [query, key, value], is_gated=False, head=head),
+            _packed_layers(graph, [output], is_gated=False),
+            _packed_layers(graph, [gate, up], is_gated=True),
+            _packed_layers(graph, [down], is_gated=False),
+        ]
+        weights, factors, biases, kinds = zip(*packed, strict=True)
+        tensors = [*layer.tensors[:3], _call(graph, torch.ops.aten.select.int, *layer.slots), *layer.tensors[3:]]
+        parts = [part for column in zip(*factors, strict=True) for part in column if part is not None]
+        arguments = *tensors, [*weights], parts, biases[0], [*kinds], *layer.sizes, choice.tiles_from
+        made = _call(graph, torch.ops.resps.bf16_layer.default, *arguments, kernels.attention.tiles_from)
+    made.meta["val"] = _value(layer.end)
+    layer.end.replace_all_uses_with(made)
+    for node in reversed(graph.nodes):
+        if node in layer.read or node in layer.checks:
+            graph.erase_node(node)
+
+
+def _paired(graph: Graph, part: Argument, head: int) -> Node:
+    """Reorder a matrix `[outputs, n]` for rotation: 16 rows of a head's first half, 16 of its second, and so on."""
+    aten, (outputs, width) = torch.ops.aten, _value(part).shape
+    split = _call(graph, aten.reshape.default, part, [-1, 2, head // BLOCK, BLOCK // 2, width])
+    return _call(graph, aten.reshape.default, _call(graph, aten.transpose.int, split, 1, 2), [outputs, width])
