@@ -411,7 +411,7 @@ def _lines(rows: Sequence[Sequence[int]]) -> tuple[list[list[int]], Tensor]:
 def first_children(
     sizes: Sequence[int], parents: list[list[int]], tokens: list[list[int]]
 ) -> list[dict[tuple[int, int], int]]:
-    """Compute `DraftTree.children` from parents and tokens `[b, n]`."""
+    """Map, for each row, (parent, token) to the first child with that token, among the row's first `sizes` nodes."""
     return [  # reversed, so that the first of equal children wins
         {(above[node], own[node]): node for node in range(size - 1, 0, -1)}
         for size, above, own in zip(sizes, parents, tokens, strict=True)

@@ -66,8 +66,9 @@ def bf16_linear(
 ) -> Tensor:
     """Compute `torch.nn.functional.linear`, `[..., i]` -> `[..., width]`, up to rounding, with `packed` weights.
 
-    `packed` is made by `pack_linear` from weights with i inputs; `bias` is `[width]`. `weight` `[width, i]` is read by
-    oneDNN, and `None` if oneDNN is never used. For the last two arguments see `Choice`.
+    `packed` is made by `pack_linear` from weights with i inputs; `bias` is `[width]`. From `tiles_from` rows on,
+    AMX tiles multiply; from `library_from` rows on oneDNN does, which reads `weight` `[width, i]`. `NEVER` and `None`
+    mean: not at all.
     """
     return functional.linear(rows, packed.transpose(1, 2).reshape(-1, rows.shape[-1])[:width], bias)
 

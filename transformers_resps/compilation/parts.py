@@ -143,7 +143,7 @@ def _external(nodes: Sequence[Node]) -> list[Node]:
 
 
 def _missing_sizes(nodes: Sequence[Node]) -> list[Node]:
-    """Return, in order, the nodes outside `nodes` that compute sizes for `nodes`."""
+    """Return the graph's other nodes that compute the tensor sizes `nodes` need, in the graph's order."""
     inside, found = set(nodes), dict[Node, None]()
 
     def follow(node: Node) -> None:

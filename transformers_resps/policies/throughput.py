@@ -105,7 +105,7 @@ class ThroughputPolicy(SavedPolicy):
 
     @property
     def rate(self) -> float:
-        """Recent tokens per second, clamped to [r, 2r], where r is the rate of plain steps; the price of a second."""
+        """Recent tokens per second, the cost of a second; at least the rate of plain steps and at most twice it."""
         return self._memory.rate(self.costs.step_seconds(_PLAIN, 0))
 
     @property
@@ -147,7 +147,7 @@ class ThroughputPolicy(SavedPolicy):
         return self._widths.choose(width) if paths_cost else width
 
     def _look_up(self, observation: Observation) -> int:
-        """Call lookup and choose which of its nodes to verify; return the largest number of these nodes per row."""
+        """Draft by lookup, choose the nodes to verify, and return how many the row with most has."""
         step = self._step
         self.least_lookup_prob = 0.0
         step.has_looked = self._memory.looks_up(step.rate * self.costs.look_seconds)

@@ -91,7 +91,7 @@ class RankedText:
         return self._left - 1 + self.spare_room
 
     def _kept(self, ranks: Tensor, shape: TreeShape) -> Tensor:
-        """Return whether the head's tree of `shape` contains each of m nodes, `[t, m]`, given the nodes' ranks."""
+        """Mark, `[t, m]`, the m nodes at t places of a text that a tree of `shape` keeps, by the head's `ranks`."""
         depth = self._room.clamp(max=shape.depth)  # [t]
         rows = ranks[torch.arange(len(self)), self.top_ks.index(shape.top_k), (depth - 1).clamp(min=0)]
         return (rows < shape.total_tokens - 1) & (depth > 0)[:, None]

@@ -211,7 +211,7 @@ class _ScoredTexts:
 
 
 def _batches(answers: list[LabelledText], depths: int) -> Iterator[_ScoredTexts]:
-    """Yield batches of at most `_BATCH_TOKENS` tokens; each answer to a prompt with images is a batch of its own."""
+    """Group answers into padded batches of at most `_BATCH_TOKENS` tokens; an answer about images stays alone."""
     yield from (replace(_pad([answer], depths), shown=answer) for answer in answers if answer.shown)
     others = [answer for answer in answers if not answer.shown]
     for rows in TokenBudgetBatches([len(answer.tokens) for answer in others], _BATCH_TOKENS, shuffle=False):

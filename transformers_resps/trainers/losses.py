@@ -52,11 +52,12 @@ def soft_cross_entropy(
 
     `hidden` `[k, n, h]` are normed hidden states of k levels, which predict the same n tokens, `weight` `[d, h]` the
     head's output rows, and `row_weights` `[k, n]` the fp32 factors of the losses; 0 leaves a token out. The logits of
-    `chunk_size` positions are in memory at once, as 2 fp32 buffers `[chunk_size, d]`. `bias` `[d]`, which is not
-    trained, and the product of `added`, states `[k, n, r]` and rows `[d, r]` of rank r, are added to the logits.
+    `chunk_size` positions are in memory at once, as 2 fp32 buffers `[chunk_size, d]`. Two terms may be
+    added to the logits: `bias` `[d]`, which gets no gradient, and `states @ rows.T`, of rank r, where `added` holds
+    states `[k, n, r]` and rows `[d, r]`.
 
-    Returns the weighted sum of all losses and, without gradient and only over tokens with non-zero weights, the
-    unweighted sum of each level, `[k]`, and how often a level's best token is the target's best token, `[k]`.
+    Returns three tensors: the weighted sum of all losses; the unweighted sum of each level, `[k]`; and how often a
+    level's best token is the target's, `[k]`. The last two have no gradient and skip tokens of weight 0.
     """
     device = hidden.device.type
     pairs = [hidden, weight, *(added or ())]

@@ -68,7 +68,7 @@ def is_recurrent(model: PreTrainedModel) -> bool:
 
 
 def known_mixers(model: nn.Module) -> dict[int, nn.Module]:
-    """Map layer indices to mixers, for the mixers of a model that can compute trees."""
+    """Map the indices of recurrent layers to their mixers, such as Mamba's, if trees can be computed over them."""
     found, modules = dict[int, nn.Module](), list[Any](model.modules())
     for module in modules:
         folder = _MIXERS.get(type(module).__name__)
@@ -371,7 +371,7 @@ class StateKinds:
         return [part for _, is_scanned in self._kinds for part in (".b..", *[".b..."] * is_scanned)]
 
     def held_by(self, cache: Cache) -> dict[int, LayerStates]:
-        """Return the states of each layer in a cache, not copied."""
+        """Return the recurrent states in a cache by layer index, not copied."""
         return {layer: _states_in(cache, layer) for layers, _ in self._kinds for layer in layers}
 
     def of(self, cache: Cache) -> list[Tensor]:

@@ -138,9 +138,9 @@ def _nodes_by_depth(depths: Tensor, ancestors: Tensor, is_leaf: Tensor, paths: T
 
 
 def _slots(roots: Tensor, nodes: Tensor, starts: Tensor) -> Tensor:
-    """List the slots `[b, g, BLOCK]` of each group's block, which begins at the place `starts` `[b, g]`.
+    """List the cache slots `[b, g, BLOCK]` of the `BLOCK` positions from `starts` `[b, g]` on, for each group.
 
-    `nodes` `[b, g, n + 1]` is the group's path. After the path the root's slot is repeated; the mask hides it there.
+    `nodes` `[b, g, n + 1]` is the group's path. Positions after its end get the root's slot, which the mask hides.
     """
     places, first = starts[..., None] + torch.arange(BLOCK, device=starts.device), roots[..., None]
     of_nodes = first + nodes.gather(2, (places - first).clamp(0, nodes.shape[2] - 1))
