@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from transformers_resps.compilation import native
 from transformers_resps.compilation import packages as packages_module
-from transformers_resps.compilation.kernels import TILES, Kernels, our_kernels
+from transformers_resps.compilation.kernels import TILES, Kernels, native_object, our_kernels
 from transformers_resps.heads import DraftHead
 
 
@@ -110,17 +110,11 @@ def fake_clock() -> FakeClock:
     return FakeClock()
 
 
-def _emulating(source: str) -> str:
-    return source.replace("#ifdef RESPS_EMULATES_TILES", "#if 1").replace("#ifndef RESPS_EMULATES_TILES", "#if 0")
-
-
 @pytest.fixture
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Kernels:
     """Those that code is compiled with. Without AMX, tiles are emulated."""
     chosen: Kernels = request.param
     monkeypatch.setattr(native, "chosen_kernels", lambda products, *, alike: chosen)
     if TILES not in our_kernels():
-        operators = native.native_operators()
-        emulating = {call: [_emulating(one) for one in source] for call, source in operators.items()}
-        monkeypatch.setattr(packages_module, "native_operators", lambda: emulating)
+        monkeypatch.setattr(packages_module, "native_object", lambda: native_object("RESPS_EMULATES_TILES"))
     return chosen

@@ -89,7 +89,7 @@ def test_drafts_are_those_of_the_rounded_weights_over_the_targets_own_keys(
                 for model in (exact, rounded)
             )
         error = (found - expected).norm()
-        assert error < 0.1 * expected.norm() and error < 0.5 * (found - unrounded).norm()
+        assert error < 0.2 * expected.norm() and error < 0.5 * (found - unrounded).norm()  # steps are in bfloat16
 
 
 @needs_lookups

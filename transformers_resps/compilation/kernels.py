@@ -35,15 +35,9 @@ ONEDNN, VECTORS, TILES = "onednn", "avx512_bf16", "amx_bf16"
 NEVER = 2**62  # More rows than any matrix product has, so that a kernel used "from" this number is never used.
 
 SOURCE = Path(__file__).with_name("native.cpp")
-_ALONE = """#include <stdint.h>
-typedef int32_t AOTITorchError;
-typedef void* AtenTensorHandle;
-#define RESPS_ALONE
-extern "C" {{
-{source}
-}}
-"""
-_FLAGS = ("-shared", "-fPIC", "-fopenmp", "-std=c++20", "-O3", "-Wno-psabi")
+_PYTORCH = Path(torch.__file__).parent
+_FLAGS = ("-fPIC", "-fopenmp", "-std=c++20", "-O3", "-Wno-psabi", "-I", str(_PYTORCH / "include"))
+_LINKS = ("-shared", "-fopenmp", "-L", str(_PYTORCH / "lib"), "-ltorch_cpu")
 
 _ROWS = (1, 4, 16, 64, 256)  # Numbers of rows at which each product is timed.
 _NODES = (1, 8, 128)  # Numbers of nodes at which attention is timed.
@@ -140,7 +134,7 @@ def chosen_kernels(products: Products, *, alike: bool) -> Kernels:
         return Kernels.only(ours[-1])
     try:
         return timed_kernels(products, Trial(ours))
-    except (OSError, subprocess.SubprocessError, RuntimeError) as fault:
+    except (OSError, RuntimeError) as fault:
         logger.info(f"Kernels could not be timed, and {ours[-1]} is used: {fault}")
         return Kernels.only(ours[-1])
 
@@ -245,21 +239,47 @@ def _timed(calls: Mapping[str, Callable[[], object]], clock: Callable[[], float]
     return {name: max(min(taken), 1e-9) for name, taken in seconds.items()}
 
 
-@cache
-def kernels_alone(defined: str = "") -> ctypes.CDLL:
-    """Compile `native.cpp` alone into a library, and load it, once in a process; this takes some seconds.
+def native_source() -> str:
+    """Return the C++ of our kernels and operators."""
+    return SOURCE.read_text(encoding="utf-8")
 
-    `defined` is a macro to define in tests. Raises an `OSError` without a compiler, a `SubprocessError` if it fails.
-    """
+
+@cache
+def _folder() -> tempfile.TemporaryDirectory[str]:
+    """Make the folder of what is compiled; it is removed when the process ends."""
+    return tempfile.TemporaryDirectory(prefix="resps-")
+
+
+def _compile(*arguments: str | Path) -> None:
     found = compiler()
     if found is None:
         raise OSError(NO_COMPILER)
-    source = _ALONE.format(source=SOURCE.read_text(encoding="utf-8"))
-    with tempfile.TemporaryDirectory(prefix="resps-") as folder:
-        written, made = Path(folder) / "kernels.cpp", Path(folder) / "kernels.so"
-        written.write_text(f"#define {defined}\n{source}" if defined else source, encoding="utf-8")
-        subprocess.run([found, *_FLAGS, "-o", made, written], check=True, capture_output=True)
-        return ctypes.CDLL(str(made))
+    try:
+        subprocess.run([found, *arguments], check=True, capture_output=True, text=True)
+    except subprocess.SubprocessError as fault:
+        raise RuntimeError(f"native.cpp does not compile: {getattr(fault, 'stderr', None) or fault}") from fault
+
+
+@cache
+def native_object(defined: str = "") -> Path:
+    """Compile `native.cpp` into an object file, once in a process; this takes some seconds.
+
+    `defined` is a macro to define in tests. Raises an `OSError` without a compiler, a `RuntimeError` if it fails.
+    """
+    written = Path(_folder().name) / f"kernels{defined}.cpp"
+    written.write_text(f"#define {defined}\n{native_source()}" if defined else native_source(), encoding="utf-8")
+    made = written.with_suffix(".o")
+    _compile(*_FLAGS, "-c", "-o", made, written)
+    return made
+
+
+@cache
+def kernels_alone(defined: str = "") -> ctypes.CDLL:
+    """Load `native_object` as a library."""
+    linked = native_object(defined)
+    made = linked.with_suffix(".so")
+    _compile(linked, "-o", made, *_LINKS)
+    return ctypes.CDLL(str(made))
 
 
 def run_linear(

@@ -1,11 +1,7 @@
 // Operators for bfloat16 with AVX512-BF16, with or without AMX; weights may have 8 or 4 bits (with AVX512-VBMI).
-// native.py says what they compute, and puts them into packaged code. kernels.py compiles them alone, to time and test
-// them. From `tiles_from` rows on, AMX's tiles multiply, if the process may use them. A row's bits do not depend on the
-// other rows, but tiles give other bits than vectors. Inductor puts "extern" before this file, inside extern "C": so a
-// declaration must come first, and there can be no templates.
-AOTITorchError aoti_torch_cpu_bf16_linear(
-    AtenTensorHandle rows, AtenTensorHandle packed, AtenTensorHandle* bias, AtenTensorHandle* weight, int64_t width,
-    int64_t tiles_from, int64_t library_from, AtenTensorHandle* result);
+// native.py says what they compute, and has packaged code call them. kernels.py compiles them, times and tests them.
+// From `tiles_from` rows on, AMX's tiles multiply, if the process may use them. A row's bits do not depend on the other
+// rows, but tiles give other bits than vectors.
 
 #pragma GCC push_options
 #pragma GCC optimize("O3")
@@ -13,8 +9,12 @@ AOTITorchError aoti_torch_cpu_bf16_linear(
 
 #include <immintrin.h>
 #include <omp.h>
+#include <stdint.h>
 #include <sys/syscall.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <unistd.h>
+
+extern "C" {
 
 #define RESPS_INLINE static inline __attribute__((always_inline))
 
@@ -1221,8 +1221,6 @@ static int resps_layer(RespsLayer* of, int64_t tiles_from) {
     return 1;
 }
 
-#ifdef RESPS_ALONE
-
 // ---- functions that kernels.py calls
 
 int resps_run_alone(
@@ -1256,8 +1254,6 @@ int resps_attend_alone(
     of.width = of.value_width = width;
     return resps_attend(&of, tiles_from);
 }
-
-#else
 
 // ---- functions that inductor's code calls
 
@@ -1529,6 +1525,6 @@ AOTITorchError aoti_torch_cpu_bf16_layer(
     return resps_layer(&of, attention_tiles_from) ? AOTI_TORCH_SUCCESS : AOTI_TORCH_FAILURE;
 }
 
-#endif
+}
 
 #pragma GCC pop_options

@@ -4,10 +4,11 @@ oneDNN reads weights as fast, but each call has an overhead of about 20 us betwe
 all, a sixth of SmolLM2's step. PyTorch's attention multiplies in float32, and takes two to four times as long. A
 decoder layer of the usual kind (RMSNorm before, rotary embedding, gated MLP with SiLU) is one operator for one text:
 its threads start once and meet at barriers.
-`native.cpp` is compiled into the code that calls it. With its kernels, the result of a row does not depend on other
+`native.cpp` is linked into the code that calls it. With its kernels, the result of a row does not depend on other
 rows, not even in its last bits. `kernels.py` chooses the kernel for each number of rows.
 """
 
+import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import permutations
@@ -23,12 +24,12 @@ from torch.nn import functional
 from .few_bits import BLOCK, Codes, in_blocks, rounding
 from .kernels import (
     NEVER,
-    SOURCE,
     Choice,
     Kernels,
     Products,
     chosen_kernels,
     few_bits_kernel,
+    native_source,
     our_kernels,
     reads_few_bits,
 )
@@ -36,6 +37,7 @@ from .kernels import (
 
 _STEP = 32  # A head's width is a multiple of this.
 _STEP_ROWS = 16  # A decoder layer stays in parts if oneDNN multiplies so few rows.
+_DECLARED = re.compile(r"^AOTITorchError aoti_torch_cpu_([a-z]\w+)\([^)]*\)(?= {)", re.MULTILINE)
 _Operator: TypeAlias = torch._ops.OpOverload
 
 
@@ -223,17 +225,9 @@ def _(rows: Tensor, *_: object) -> Tensor:
 
 
 def native_operators() -> Mapping[_Operator, list[str]]:
-    """Map our operators to C++ source that inductor includes: `native.cpp` for the first, nothing for the others."""
-    operators = torch.ops.resps
-    first, *others = (
-        operators.bf16_linear,
-        operators.bf16_gated,
-        operators.bf16_attention,
-        operators.bf16_block_attention,
-        operators.packed_few_bits,
-        operators.bf16_layer,
-    )
-    return {first.default: [SOURCE.read_text(encoding="utf-8")], **{call.default: [] for call in others}}
+    """Map our operators to declarations of their functions in `native.cpp`."""
+    declared = _DECLARED.finditer(native_source())
+    return {getattr(torch.ops.resps, found[1]).default: [" ".join(found[0].split()) + ";"] for found in declared}
 
 
 def attends_natively(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:

@@ -35,7 +35,7 @@ from torch.fx.node import Argument
 from transformers.utils.logging import tqdm
 
 from .few_bits import exposed, few_bits, named_weights
-from .kernels import demanded_kernel, our_kernels
+from .kernels import demanded_kernel, native_object, our_kernels
 from .native import native_operators, use_native
 from .pages import collapse
 from .parts import ProgramPart, UncuttableError, exported_part, parts_of, weight_names
@@ -50,6 +50,7 @@ _FORMAT = 2
 # Files of this library whose code may be in packages. After a change in any other file, packages stay valid.
 _TRACED = ("compat.py", "compilation", "drafting", "heads", "tree.py", "verifying")
 _CODE, _MANIFEST = "code.pt2", "package.json"
+_LINKED = "LIBRARY_PATH"  # Environment variable of GCC and Clang: folders where the linker looks.
 _NAME_LENGTH = 24  # Hexadecimal digits of a digest.
 _IN_WORDS = "model"  # Entry with a module's name. It need not match, since the same module may have another name.
 _SAMPLED = 4  # Values of each weight that a folder's name depends on; the manifest has a digest of all values.
@@ -350,9 +351,9 @@ class _Writer:
         """
         kernels, recipes = use_native(program, alike=self.job.alike, bits=self.job.bits), _Recipes(weights)
         operators = native_operators()
-        if all(node.target not in operators for node in program.graph.nodes):
-            operators = {}  # Their C++ takes seconds to compile.
-        with tempfile.TemporaryDirectory(prefix="resps-") as folder, recipes.noted():
+        calls_ours = any(node.target in operators for node in program.graph.nodes)
+        linked = [native_object()] if calls_ours else []
+        with tempfile.TemporaryDirectory(prefix="resps-") as folder, recipes.noted(), _found_by_linkers(linked):
             path = Path(folder) / _CODE
             torch._inductor.aoti_compile_and_package(
                 program,
@@ -361,6 +362,7 @@ class _Writer:
                     **self.job.config,
                     "aot_inductor.package_constants_in_so": False,
                     "aot_inductor.custom_ops_to_c_shims": operators,
+                    "aot_inductor.custom_op_libs": [f":{path.name}" for path in linked],  # ":" for a file's name
                     # A lambda, since inductor copies its settings; copying a method would copy its object, too.
                     "post_grad_custom_post_pass": lambda graph: recipes.note_constants(graph),
                 },
@@ -371,6 +373,22 @@ class _Writer:
                         archive.writestr(f"{number}/{name.partition('/')[2]}", made.read(name))
             made_of = recipes.of(_loader(path).get_constant_fqns())
         return {"recipes": made_of, "kernels": kernels}, _limits(program)
+
+
+@contextmanager
+def _found_by_linkers(files: Sequence[Path]) -> Iterator[None]:
+    """Let linkers look in the folders of `files` inside the `with` block."""
+    before = os.environ.get(_LINKED)
+    folders = [*(str(path.parent) for path in files), *([before] if before else [])]
+    try:
+        if folders:
+            os.environ[_LINKED] = os.pathsep.join(folders)
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(_LINKED, None)
+        else:
+            os.environ[_LINKED] = before
 
 
 def _inputs(program: ExportedProgram) -> list[Node]:

@@ -115,11 +115,10 @@ def stand_at_the_beginning(part_inputs: Function, self: Any, tokens: Tensor, sta
 def line(words: str, before: str, after: str, tests: str) -> Mutation:
     """A bug in a line of the C++ of native operators."""
 
-    @bug(words, "compilation.native:native_operators", tests)
-    def change(operators: Function) -> Any:
-        sources = operators()
-        assert sum(part.count(before) for source in sources.values() for part in source) == 1
-        return {operator: [part.replace(before, after) for part in source] for operator, source in sources.items()}
+    @bug(words, "compilation.kernels:native_source", tests)
+    def change(source: Function) -> Any:
+        assert source().count(before) == 1
+        return source().replace(before, after)
 
     return change
 
