@@ -409,6 +409,7 @@ def test_a_layer_of_the_usual_kind_becomes_one_operator(
     has_bias: bool, bits: int, on_any_processor: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(native, "reads_few_bits", lambda: True)
+    monkeypatch.setattr(native, "few_bits_kernel", lambda: VECTORS_ALONE.linear)
     program = exported_layer(Decoder(has_bias=has_bias))
     use_native(program, alike=False, bits=bits)
     program.graph.lint()
