@@ -2,6 +2,7 @@
 
 import copy
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
@@ -80,6 +81,7 @@ def test_drafts_are_those_of_the_rounded_weights_over_the_targets_own_keys(
     assert torch.equal(out.sequences, plain.sequences)
     assert len({length for length, _, _ in seen}) < 20, "nearly nothing was accepted"
     exact, rounded, text = decoded(target, rounds=False), decoded(target, rounds=True), out.sequences
+    errors = list[float]()
     for length, tokens, found in seen:
         cache = DynamicCache()
         with torch.no_grad():
@@ -89,7 +91,10 @@ def test_drafts_are_those_of_the_rounded_weights_over_the_targets_own_keys(
                 for model in (exact, rounded)
             )
         error = (found - expected).norm()
-        assert error < 0.2 * expected.norm() and error < 0.5 * (found - unrounded).norm()  # steps are in bfloat16
+        assert error < 0.5 * (found - unrounded).norm()
+        errors.append(float(error / expected.norm()))
+    *most, worst = sorted(errors)
+    assert max(most) < 0.1 and median(errors) < 0.05 and worst < 0.15  # layers round as eager bfloat16 does
 
 
 @needs_lookups
