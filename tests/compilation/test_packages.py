@@ -14,12 +14,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.kernels import HAS_COMPILER, NO_COMPILER
+from tests.kernels import HAS_COMPILER, NO_COMPILER, bytes_in_memory
 from transformers_resps.compilation import packages
 from transformers_resps.compilation.compiled import CompiledFunction
 from transformers_resps.compilation.engine import Code, CompileEngine, WeightFingerprint
 from transformers_resps.compilation.packages import FOLDER_VARIABLE, remove_packages, stored_packages
+from transformers_resps.compilation.pages import Kernel
 
 
 class Engine(CompileEngine[nn.Linear]):
@@ -144,6 +146,50 @@ def test_a_package_is_private_small_and_has_no_weights(compiled_once: Path) -> N
     assert build().weight[0].numpy().tobytes() not in stored
     assert b"aoti_torch_cpu_bf16_linear" not in stored, "it calls none of our operators"
     assert json.loads((package.path / "package.json").read_text())["limits"] == []
+
+
+class Reordered(TorchDispatchMode):
+    """Counts how often weights are copied into oneDNN's layout."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += "reorder_linear_weight" in str(func)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif(not HAS_COMPILER, reason=NO_COMPILER)
+@pytest.mark.skipif(not Kernel().own_ranges(of_files=True), reason="no Linux")
+def test_codes_of_one_module_hold_its_weights_once_and_the_file_leaves_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path / "compiled"))
+    (tmp_path / "weights").write_bytes(torch.randn(1024, 1024).numpy().tobytes())
+    os.sync()
+    weight = torch.from_file(str(tmp_path / "weights"), shared=False, size=1 << 20).view(1024, 1024)
+    layer = nn.Linear(1024, 1024, bias=False).requires_grad_(False)
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    rows = torch.randn(5, 1024)
+
+    def job(factor: float) -> packages.CompileJob:
+        return packages.CompileJob(
+            lambda rows: [layer(rows) * factor], [rows], [(0,)], {"freezing": True}, alike=False
+        )
+
+    compiler, later = (packages.ModulePackages(lambda: layer, "the layer") for _ in range(2))
+    compiler.compile("one", "", job(1.0))
+    compiler.compile("two", "", job(2.0))
+    expected = layer(rows)
+    read = bytes_in_memory(weight)
+    with Reordered() as reordered:
+        one = later.load("one", "")
+        assert reordered.count == 1 and bytes_in_memory(weight) < 0.1 * read
+        two = later.load("two", "")
+        assert reordered.count == 1
+    assert one is not None and two is not None
+    torch.testing.assert_close(one(rows)[0], expected, atol=1e-3, rtol=0)  # sums of 1,024 products of about 1
+    torch.testing.assert_close(two(rows)[0], 2 * expected, atol=2e-3, rtol=0)
+    assert torch.equal(layer(rows), expected), "eager code reads the file again"
 
 
 def test_it_is_known_whether_code_lies_ready(folder: Path) -> None:

@@ -2,6 +2,8 @@
 
 import errno
 import logging
+import mmap
+import os
 import platform
 from pathlib import Path
 
@@ -9,7 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from transformers_resps.compilation.pages import HUGE, Kernel, collapse, zeros
+from tests.kernels import bytes_in_memory
+from transformers_resps.compilation.pages import HUGE, Kernel, collapse, release, zeros
+
+
+HUGE_PAGES = "AnonHugePages"
 
 
 class Planted(Kernel):
@@ -31,8 +37,8 @@ class Planted(Kernel):
     def available_bytes(self) -> int:
         return self.available
 
-    def own_ranges(self) -> list[tuple[int, int]]:
-        return self.ranges
+    def own_ranges(self, *, of_files: bool = False) -> list[tuple[int, int]]:
+        return [] if of_files else self.ranges
 
     def advise(self, start: int, size: int, advice: int) -> int:
         assert start % HUGE == size % HUGE == 0
@@ -58,19 +64,6 @@ def filled_half(*parts: Tensor) -> list[int]:
     return sorted(page for page, size in counts.items() if 2 * size >= HUGE)
 
 
-def huge_bytes(tensor: Tensor) -> int:
-    """Of the mappings that hold a tensor."""
-    found, is_inside = 0, False
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        name, *values = line.split()
-        if not name.endswith(":"):
-            start, stop = (int(address, 16) for address in name.split("-"))
-            is_inside = start < tensor.data_ptr() + tensor.nbytes and tensor.data_ptr() < stop
-        elif is_inside and name == "AnonHugePages:":
-            found += int(values[0]) << 10
-    return found
-
-
 def collapses() -> bool:
     release = tuple(map(int, platform.release().split("-")[0].split(".")[:2])) if Kernel().has_huge_pages() else (0, 0)
     return release >= (6, 1)
@@ -79,10 +72,10 @@ def collapses() -> bool:
 @pytest.mark.skipif(not collapses(), reason="no Linux 6.1 with huge pages of 2 MiB")
 def test_a_tensor_lies_in_huge_pages_afterwards_at_its_place_and_with_its_values() -> None:
     tensor = large()
-    before, place, values = huge_bytes(tensor), tensor.data_ptr(), tensor.tolist()
+    before, place, values = bytes_in_memory(tensor, HUGE_PAGES), tensor.data_ptr(), tensor.tolist()
     moved = collapse([tensor])
     assert moved >= 4 * HUGE
-    assert huge_bytes(tensor) - before >= 4 * HUGE
+    assert bytes_in_memory(tensor, HUGE_PAGES) - before >= 4 * HUGE
     assert tensor.data_ptr() == place and tensor.tolist() == values
     assert collapse([tensor]) == moved  # they are there already
 
@@ -178,13 +171,34 @@ def test_files_and_shared_memory_are_left_alone(kind: str, tmp_path: Path) -> No
     assert collapse([own], kernel) == len(whole) * HUGE > 0
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="no Linux")
+def test_weights_of_a_file_leave_memory_and_are_read_again_but_not_if_they_were_changed(tmp_path: Path) -> None:
+    count = 8 * HUGE // 4
+    own = torch.arange(count, dtype=torch.int32)
+    (tmp_path / "weights").write_bytes(own.numpy().tobytes())
+    os.sync()  # pages that are not yet on the disk stay
+    weights = torch.from_file(str(tmp_path / "weights"), shared=False, size=count, dtype=torch.int32)
+    weights[5] = -1  # in memory only
+    part, place = weights[1000:-1000], weights.data_ptr()
+    assert torch.equal(part, own[1000:-1000])
+    before = bytes_in_memory(weights)
+    freed = release([part, own, torch.empty(8, device="meta"), part.view(-1, 2).T])
+    assert part.nbytes - 2 * mmap.PAGESIZE <= freed <= part.nbytes
+    assert bytes_in_memory(weights) <= before - freed * 0.9
+    assert release([own, part[:2]]) == 0  # no file; less than a page
+    own[5] = -1
+    assert weights.data_ptr() == place and torch.equal(weights, own)
+    assert release([weights]) > freed  # the page that was changed is asked for, too, and stays as it is
+    assert torch.equal(weights, own)
+
+
 CPU = torch.device("cpu")
 
 
 @pytest.mark.skipif(not Kernel().has_huge_pages(), reason="no Linux with huge pages of 2 MiB")
 def test_large_zeros_begin_in_huge_pages() -> None:
     made = zeros(3, 20, HUGE // 4, dtype=torch.int32, device=CPU)
-    assert huge_bytes(made) >= 30 * HUGE  # of 60: memory may be in pieces
+    assert bytes_in_memory(made, HUGE_PAGES) >= 30 * HUGE  # of 60: memory may be in pieces
     assert made.shape == (3, 20, HUGE // 4) and made.dtype is torch.int32 and not made.any()
 
 
@@ -237,6 +251,7 @@ def test_it_reads_what_linux_tells(tmp_path: Path) -> None:
     kernel = planted_machine(tmp_path)
     assert kernel.has_huge_pages() and kernel.available_bytes() == 1_024_000
     assert kernel.own_ranges() == [(0x55D000400000, 0x55D000C00000), (0x7F0000000000, 0x7F0000600000)]
+    assert kernel.own_ranges(of_files=True) == [(0x7F0000E00000, 0x7F0001200000)]
 
 
 @pytest.mark.parametrize(

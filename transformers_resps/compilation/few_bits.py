@@ -190,7 +190,7 @@ def pack_factors(factors: Sequence[Tensor], is_gated: bool) -> Tensor:
     """
     if not all(bool(part.isfinite().all()) for part in factors):
         raise RuntimeError("a scale of its quantized weights is not finite")
-    return in_blocks(factors, is_gated=is_gated).transpose(1, 2).contiguous()
+    return in_blocks(factors, is_gated=is_gated).transpose(1, 2).clone(memory_format=torch.contiguous_format)
 
 
 @pack_factors.register_fake
@@ -227,13 +227,15 @@ def _(
 def in_blocks(parts: Sequence[Tensor], *, is_gated: bool) -> Tensor:
     """Join the matrices `parts` `[outputs, n]` to blocks of 32 outputs, `[blocks, 32, n]`, padded by zeros.
 
-    With `is_gated`, each block has 16 outputs of the first of two parts, then 16 of the second.
+    The result may be a view of a single part. With `is_gated`, each block has 16 outputs of the first of two parts,
+    then 16 of the second.
     """
     if is_gated:
         joined = torch.stack([part.unflatten(0, (-1, _HALF)) for part in parts], dim=1).flatten(0, 2)
     else:
-        joined = torch.cat(list(parts))
-    return functional.pad(joined, (0, 0, 0, -len(joined) % BLOCK)).unflatten(0, (-1, BLOCK))
+        joined = parts[0] if len(parts) == 1 else torch.cat(list(parts))
+    missing = -len(joined) % BLOCK
+    return (functional.pad(joined, (0, 0, 0, missing)) if missing else joined).unflatten(0, (-1, BLOCK))
 
 
 def few_bits(layer: nn.Module) -> FewBits | None:

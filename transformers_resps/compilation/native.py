@@ -380,7 +380,8 @@ def _choose_attention(graph: Graph, node: Node, choice: Choice) -> None:
 
 
 def _packed(weights: Sequence[Tensor], *, is_gated: bool) -> Tensor:
-    return in_blocks(weights, is_gated=is_gated).unflatten(2, (-1, 2)).transpose(1, 2).contiguous()
+    pairs = in_blocks(weights, is_gated=is_gated).unflatten(2, (-1, 2)).transpose(1, 2)
+    return pairs.clone(memory_format=torch.contiguous_format)
 
 
 def _is_served(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:

@@ -7,6 +7,7 @@ A package is native code. It is loaded only if its folder belongs to this user a
 its bytes are unchanged, and if weights, modules, settings, machine and versions are still the same.
 """
 
+import gc
 import hashlib
 import json
 import logging
@@ -37,7 +38,7 @@ from transformers.utils.logging import tqdm
 from .few_bits import exposed, few_bits, named_weights
 from .kernels import demanded_kernel, native_object, our_kernels
 from .native import native_operators, use_native
-from .pages import collapse
+from .pages import collapse, release
 from .parts import ProgramPart, UncuttableError, exported_part, parts_of, weight_names
 
 
@@ -128,7 +129,7 @@ class ModulePackages:
     """
 
     def __init__(self, module: Callable[[], nn.Module], name: str) -> None:
-        self._module, self._name = module, name
+        self._module, self._name, self._constants = module, name, _Constants()
         self._about = _about(module())  # read now: running code changes names of attention in configs
 
     @property
@@ -153,7 +154,7 @@ class ModulePackages:
         if path is None or not path.is_dir():
             return None
         try:
-            loaded = PackagedCode(path, self._identity(code, setting), self._module())
+            loaded = PackagedCode(path, self._identity(code, setting), self._module(), self._constants)
             os.utime(path)
         except (RuntimeError, OSError) as fault:
             self.discard(code, setting, str(fault).splitlines()[0])
@@ -182,9 +183,10 @@ class ModulePackages:
         ):
             path = Path(folder)
             made = _compile(self._module(), job, path / _CODE, bar)
+            gc.collect()  # the compiler's graphs hold copies of weights, and refer to each other
             manifest = {"identity": identity, **made, "digest": _digest_of_file(path / _CODE)}
             (path / _MANIFEST).write_text(json.dumps(sealed(manifest)), encoding="utf-8")
-            loaded = PackagedCode(path, identity, self._module())
+            loaded = PackagedCode(path, identity, self._module(), self._constants)
             self._keep(path, code, setting)
         return loaded
 
@@ -231,12 +233,13 @@ class _LoadedPart(NamedTuple):
 
 
 class PackagedCode:
-    """Loads and runs the code of a package, with constants made from the weights of `module`.
+    """Loads and runs the code of a package, with `constants` made from the weights of `module`.
 
-    Raises an `UnfitPackageError` if the package is damaged, is writable by another user, or has another `identity`.
+    Frees the memory of the weights if it shows a file, see `release`. Raises an `UnfitPackageError` if the
+    package is damaged, is writable by another user, or has another `identity`.
     """
 
-    def __init__(self, path: Path, identity: dict[str, str], module: nn.Module) -> None:
+    def __init__(self, path: Path, identity: dict[str, str], module: nn.Module, constants: "_Constants") -> None:
         _check_private(path)
         manifest = _manifest(path)
         if manifest is None:
@@ -253,14 +256,14 @@ class PackagedCode:
             with zipfile.ZipFile(path / _CODE) as archive:
                 archive.extractall(folder)
             for call in manifest["calls"]:
-                own = {name: weights[given] for name, given in call["weights"].items()}
-                recipes = manifest["codes"][call["code"]]["recipes"]
-                constants = {name: _made(recipe, own) for name, recipe in recipes.items()}
+                recipes = _renamed(manifest["codes"][call["code"]]["recipes"], call["weights"])
+                own = {name: constants.made(recipe, weights) for name, recipe in recipes.items()}
                 loader = _loader(Path(folder) / str(call["code"]))
                 # The flags mean: use the active buffer, expect all constants, make no copies.
-                loader.load_constants(constants, False, True, True)
-                collapse(constants.values())
-                self._parts.append(_LoadedPart(loader.boxed_run, call["inputs"], constants))
+                loader.load_constants(own, False, True, True)
+                collapse(own.values())
+                release(weights[name] for name in call["weights"].values())
+                self._parts.append(_LoadedPart(loader.boxed_run, call["inputs"], own))
         self._outputs: list[int] = manifest["outputs"]
         self._limits = [tuple(map(int, limit)) for limit in manifest["limits"]]
 
@@ -287,10 +290,12 @@ def _compile(module: nn.Module, job: CompileJob, path: Path, bar: Any) -> _Manif
         for part, changing in zip(job.tensors, job.dynamic, strict=True)
     )
     with _compiling, torch.inference_mode(False), torch.no_grad(), exposed(module):
+        weights = named_weights(module)
+        release(weights.values())  # eager code has read all of them
         wrapped, example = _Program(module, job.function), tuple(part.clone() for part in job.tensors)
         program = torch.export.export(wrapped, example, dynamic_shapes=(sizes,), strict=False)
         bar.update()
-        writer, weights = _Writer(path, job), named_weights(module)
+        writer = _Writer(path, job)
         try:
             return writer.write_parts(program, parts_of(program), weights, bar)
         except UncuttableError:  # A new archive replaces the one that may hold some parts.
@@ -511,6 +516,31 @@ def _made(recipe: _Json, weights: Mapping[str, Tensor]) -> Any:
     with torch.inference_mode(False), torch.no_grad():
         keywords = {key: _made(part, weights) for key, part in recipe["keywords"].items()}
         return operator(*_made(recipe["arguments"], weights), **keywords)
+
+
+def _renamed(recipe: _Json, names: Mapping[str, str]) -> _Json:
+    """Replace the names of weights in recipes."""
+    if isinstance(recipe, list):
+        return [_renamed(part, names) for part in recipe]
+    if not isinstance(recipe, dict):
+        return recipe
+    if "weight" in recipe:
+        return {"weight": names[recipe["weight"]]}
+    return {key: _renamed(part, names) for key, part in recipe.items()}
+
+
+class _Constants:
+    """Makes constants of codes. Codes of one module share equal constants, as long as one of them is loaded."""
+
+    def __init__(self) -> None:
+        self._made: weakref.WeakValueDictionary[str, Tensor] = weakref.WeakValueDictionary()
+
+    def made(self, recipe: _Json, weights: Mapping[str, Tensor]) -> Tensor:
+        key = json.dumps(recipe, sort_keys=True)
+        constant = self._made.get(key)
+        if constant is None:
+            constant = self._made[key] = _made(recipe, weights)
+        return constant
 
 
 def _place(tensor: Tensor) -> tuple[object, ...]:

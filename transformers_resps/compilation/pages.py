@@ -1,12 +1,15 @@
-"""Move tensors into huge pages of Linux. With pages of 4 KiB, reading weights is slow, since each page is looked up.
+"""Move tensors into huge pages of Linux, and weights that were copied out of memory.
 
-`MADV_COLLAPSE` (Linux 6.1, madvise(2)) copies small pages into a huge one at the same address; `MADV_HUGEPAGE` makes
-memory that was never written use huge pages from the start. If the kernel refuses, memory stays in small pages.
+With pages of 4 KiB, reading weights is slow, since each page is looked up. `MADV_COLLAPSE` (Linux 6.1, madvise(2))
+copies small pages into a huge one at the same address; `MADV_HUGEPAGE` makes memory that was never written use huge
+pages from the start. `MADV_PAGEOUT` (Linux 5.4) frees pages that the kernel can read again from a file. If the kernel
+refuses, memory stays as it is.
 """
 
 import ctypes
 import errno
 import logging
+import mmap
 import time
 from bisect import bisect
 from collections import Counter
@@ -20,7 +23,7 @@ from torch import Tensor
 logger = logging.getLogger(f"transformers.{__name__}")
 
 HUGE = 2 << 20  # Bytes of a huge page, whose address is a multiple of this number.
-_HUGEPAGE, _COLLAPSE = 14, 25  # Advice codes of madvise(2).
+_HUGEPAGE, _PAGEOUT, _COLLAPSE = 14, 21, 25  # Advice codes of madvise(2).
 _ALONE = 32 << 20  # From this many bytes on, glibc's malloc maps a block separately, and unmaps it when it is freed.
 _MEMORY_IS_SHORT = (errno.ENOMEM, errno.EBUSY)  # Errors if the machine, or the control group, has no free memory.
 
@@ -41,12 +44,15 @@ class Kernel:
         lines = map(str.split, _text_of(self._process / "meminfo").splitlines())
         return next((int(line[1]) << 10 for line in lines if line[:1] == ["MemAvailable:"]), 0)
 
-    def own_ranges(self) -> list[tuple[int, int]]:
-        """Return ascending address ranges (start, stop) of memory that no file or other process shares."""
+    def own_ranges(self, *, of_files: bool = False) -> list[tuple[int, int]]:
+        """Return ascending address ranges (start, stop) of memory that other processes neither read nor write.
+
+        With `of_files` it is memory that shows a file, and keeps changes to itself; otherwise memory without a file.
+        """
         ranges = list[tuple[int, int]]()
         for line in _text_of(self._process / "self/maps").splitlines():
             addresses, permissions, _, _, inode = line.split()[:5]
-            if permissions.startswith("rw") and permissions.endswith("p") and inode == "0":
+            if permissions.startswith("rw") and permissions.endswith("p") and (inode != "0") == of_files:
                 start, stop = (int(address, 16) for address in addresses.split("-"))
                 ranges.append((start, stop))
         return ranges
@@ -96,6 +102,22 @@ def zeros(*size: int, dtype: torch.dtype, device: torch.device, kernel: Kernel =
         if _lies_in(kernel.own_ranges(), first, stop):
             kernel.advise(first, stop - first, _HUGEPAGE)
     return made.zero_()
+
+
+def release(tensors: Iterable[Tensor], kernel: Kernel = _LINUX) -> int:
+    """Free memory of tensors that are views of a file, such as weights read by safetensors; return how many bytes.
+
+    Later reads load the same values from the file again. Values that were changed after loading stay in memory, and so
+    do tensors without a file. Frees whole pages only, in which no other tensor lies.
+    """
+    freed, ranges = 0, kernel.own_ranges(of_files=True)
+    for tensor in tensors if ranges else ():
+        if tensor.device.type == "cpu" and tensor.layout is torch.strided and tensor.is_contiguous():
+            first = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+            size = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - first
+            if size > 0 and _lies_in(ranges, first, first + size) and not kernel.advise(first, size, _PAGEOUT):
+                freed += size
+    return freed
 
 
 def _filled_pages(tensors: Iterable[Tensor], kernel: Kernel) -> list[int]:

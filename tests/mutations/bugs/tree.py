@@ -75,7 +75,7 @@ def chain_as_a_star(append: Function, self: Any, token: int, parent: int, score:
 def shared_with_cousins(init: Function, self: Any, tokens: list[int], parents: list[int], scores: list[float]) -> None:
     init(self, tokens, parents, scores)
     nodes = range(len(tokens) - 1, 0, -1)
-    self._places = {(above, tokens[node]): node for node in nodes for above in range(len(tokens))}
+    self._children = {(above, tokens[node]): node for node in nodes for above in range(len(tokens))}
 
 
 @bug("a pool's better score is lost", "tree:CandidatePool.merged", MERGED)
