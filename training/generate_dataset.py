@@ -6,8 +6,10 @@ r"""Let the target answer prompts, to get the training data of a draft head.
 Writes one conversation per line (`messages`, `temperature`, `finished`, `prompt_id`) and `OUTPUT.provenance.json`.
 If it is interrupted, the same command continues. So does a command with more prompts, but not one with other settings.
 
-Prompts of similar length are decoded together, with `policy="auto"` where they are greedy. A draft head of the target
-(`--head`) makes batches of a few prompts faster still.
+Prompts of similar length are decoded together. Greedy batches decode with `policy="auto"`: every row advances on its
+own, rows that ended leave the batch, and drafts are verified where they cost less than they give, which is in small
+batches; a draft head of the target (`--head`) makes these faster still. Sampled batches decode plain: their rows would
+have to advance in lockstep, which leaves drafts little to gain, and so a seed gives the same answers in every dtype.
 """
 
 from runs.announcement import announce
@@ -22,26 +24,26 @@ import json
 import random
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import transformers
 from transformers import AutoTokenizer
 
-from prompts.batched_answers import answer, batches
+from runs.command_line import run
 from runs.progress import PromptProgress
-from runs.refusal import run
 from transformers_resps import DraftHead, attach
 from transformers_resps.data import Conversation, load_conversations
-from transformers_resps.generation.output import end_ids
+from transformers_resps.generation.output import end_ids, left_padded, sampling, up_to_end
 from transformers_resps.tools.loading import load_target
 from transformers_resps.trainers.loading import context_of
 
 
 DECIDES_ANSWERS = ("target", "temperatures", "max_new_tokens", "dtype", "seed")
+Asked = TypeVar("Asked")
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,57 @@ def finished_ids(output: Path) -> set[str]:
     if whole != text:
         output.write_text(whole, encoding="utf-8")
     return {json.loads(line)["prompt_id"] for line in whole.split("\n") if line}  # texts hold other line separators
+
+
+def batches(
+    prompts: Sequence[Asked],
+    length: Callable[[Asked], int],
+    temperatures: Sequence[float],
+    batch_size: int,
+    seed: int,
+) -> list[tuple[float, list[Asked]]]:
+    """Group prompts by temperature and length, in random order: a run that stops early has seen every length.
+
+    Each prompt gets the next of `temperatures`, so the shares do not depend on the batches.
+    """
+    found = []
+    for temperature in dict.fromkeys(temperatures):
+        own = [
+            prompt for place, prompt in enumerate(prompts) if temperatures[place % len(temperatures)] == temperature
+        ]
+        own.sort(key=length)
+        count = -(-len(own) // batch_size)
+        ends = [len(own) * number // count for number in range(count + 1)] if own else []
+        found += [(temperature, own[start:end]) for start, end in zip(ends, ends[1:], strict=False)]
+    random.Random(seed).shuffle(found)
+    return found
+
+
+def answer(
+    model: Any,
+    head: DraftHead | None,
+    prompts: Sequence[list[int]],
+    temperature: float,
+    max_new_tokens: int,
+    seed: int,
+) -> list[list[int]]:
+    """Answer prompts of any lengths with an attached model, each up to its first end token.
+
+    At temperature 0 each answer is the one that plain `generate` gives to its prompt alone, exactly in float32.
+    """
+    ids, mask = left_padded([torch.tensor(prompt, device=model.device) for prompt in prompts])
+    drafting = {"policy": "auto", "assistant_model": head} if temperature == 0 else {"policy": "plain"}
+    ends = end_ids(model)
+    torch.manual_seed(seed)
+    written = model.generate(
+        ids,
+        attention_mask=mask,
+        max_new_tokens=max_new_tokens,
+        pad_token_id=min(ends, default=0),
+        **sampling(temperature),
+        **drafting,
+    )
+    return [up_to_end(row, ends) for row in written[:, ids.shape[1] :].tolist()]
 
 
 def rows_of(
