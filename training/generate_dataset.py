@@ -6,8 +6,10 @@ r"""Let the target answer prompts, to get the training data of a draft head.
 Writes one conversation per line (`messages`, `temperature`, `finished`, `prompt_id`) and `OUTPUT.provenance.json`.
 If it is interrupted, the same command continues. So does a command with more prompts, but not one with other settings.
 
-Prompts of similar length are decoded together, with `policy="auto"` where they are greedy. A draft head of the target
-(`--head`) makes batches of a few prompts faster still.
+Prompts of similar length are decoded together. Greedy batches decode with `policy="auto"`: every row advances on its
+own, rows that ended leave the batch, and drafts are verified where they cost less than they give, which is in small
+batches; a draft head of the target (`--head`) makes these faster still. Sampled batches decode plain: their rows would
+have to advance in lockstep, which leaves drafts little to gain, and so a seed gives the same answers in every dtype.
 """
 
 from runs.announcement import announce
@@ -22,26 +24,30 @@ import json
 import random
 import re
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import transformers
 from transformers import AutoTokenizer
+from transformers.utils.logging import tqdm
 
-from prompts.batched_answers import answer, batches
-from runs.progress import PromptProgress
-from runs.refusal import run
+from runs.command_line import run
 from transformers_resps import DraftHead, attach
 from transformers_resps.data import Conversation, load_conversations
-from transformers_resps.generation.output import end_ids
+from transformers_resps.generation.output import end_ids, left_padded, sampling, up_to_end
+from transformers_resps.telemetry.display import moving
 from transformers_resps.tools.loading import load_target
 from transformers_resps.trainers.loading import context_of
 
 
 DECIDES_ANSWERS = ("target", "temperatures", "max_new_tokens", "dtype", "seed")
+Asked = TypeVar("Asked")
 
 
 @dataclass(frozen=True)
@@ -85,6 +91,57 @@ def finished_ids(output: Path) -> set[str]:
     if whole != text:
         output.write_text(whole, encoding="utf-8")
     return {json.loads(line)["prompt_id"] for line in whole.split("\n") if line}  # texts hold other line separators
+
+
+def batches(
+    prompts: Sequence[Asked],
+    length: Callable[[Asked], int],
+    temperatures: Sequence[float],
+    batch_size: int,
+    seed: int,
+) -> list[tuple[float, list[Asked]]]:
+    """Group prompts by temperature and length, in random order: a run that stops early has seen every length.
+
+    Each prompt gets the next of `temperatures`, so the shares do not depend on the batches.
+    """
+    found = []
+    for temperature in dict.fromkeys(temperatures):
+        own = [
+            prompt for place, prompt in enumerate(prompts) if temperatures[place % len(temperatures)] == temperature
+        ]
+        own.sort(key=length)
+        count = -(-len(own) // batch_size)
+        ends = [len(own) * number // count for number in range(count + 1)] if own else []
+        found += [(temperature, own[start:end]) for start, end in zip(ends, ends[1:], strict=False)]
+    random.Random(seed).shuffle(found)
+    return found
+
+
+def answer(
+    model: Any,
+    head: DraftHead | None,
+    prompts: Sequence[list[int]],
+    temperature: float,
+    max_new_tokens: int,
+    seed: int,
+) -> list[list[int]]:
+    """Answer prompts of any lengths with an attached model, each up to its first end token.
+
+    At temperature 0 each answer is the one that plain `generate` gives to its prompt alone, exactly in float32.
+    """
+    ids, mask = left_padded([torch.tensor(prompt, device=model.device) for prompt in prompts])
+    drafting = {"policy": "auto", "assistant_model": head} if temperature == 0 else {"policy": "plain"}
+    ends = end_ids(model)
+    torch.manual_seed(seed)
+    written = model.generate(
+        ids,
+        attention_mask=mask,
+        max_new_tokens=max_new_tokens,
+        pad_token_id=min(ends, default=0),
+        **sampling(temperature),
+        **drafting,
+    )
+    return [up_to_end(row, ends) for row in written[:, ids.shape[1] :].tolist()]
 
 
 def rows_of(
@@ -172,6 +229,46 @@ def selected(args: argparse.Namespace, tokenizer: Any) -> list[Prompt]:
             "`--max-prompt-tokens`, or change `--matching`."
         )
     return prompts
+
+
+class PromptProgress:
+    """A bar over prompts with the time left and tokens/s; where there is no terminal, a line for each batch.
+
+    Args:
+        total: prompts.
+        before: prompts that an earlier run answered.
+        is_terminal: show the bar.
+        clock: in seconds.
+    """
+
+    def __init__(
+        self, total: int, before: int, *, is_terminal: bool, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._total, self._before, self._answered, self._tokens = total, before, before, 0
+        self._clock, self._started, self._is_terminal = clock, clock(), is_terminal
+        self._bar: Any = tqdm(
+            desc="Answering", total=total, initial=before, unit="prompt", disable=not is_terminal, file=sys.stderr
+        )
+
+    def __enter__(self) -> "PromptProgress":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.close()
+
+    def watch(self, model: torch.nn.Module, prompts: int, most_steps: int) -> AbstractContextManager[None]:
+        """Return a context in which the bar moves by a batch's prompts, evenly over its most steps."""
+        return moving(self._bar, model, prompts, most_steps)
+
+    def add(self, prompts: int, tokens: int) -> None:
+        """Count a batch that is written: its prompts, and the tokens of its answers."""
+        self._answered, self._tokens = self._answered + prompts, self._tokens + tokens
+        seconds = self._clock() - self._started
+        rate = f"{self._tokens / seconds:.0f} tokens/s"
+        self._bar.set_postfix_str(rate)
+        if not self._is_terminal:
+            left = seconds / (self._answered - self._before) * (self._total - self._answered)
+            print(f"{self._answered}/{self._total} prompts, {rate}, {timedelta(seconds=round(left))} left", flush=True)
 
 
 def write_answers(

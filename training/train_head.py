@@ -22,8 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from publishing import check_publishable, recipe_of, write_run
-from runs.command_line import parse
-from runs.refusal import run
+from runs.command_line import parse, run
 from transformers_resps.data import Conversation, load_conversations
 from transformers_resps.trainers import DraftHeadTrainer, DraftHeadTrainingConfig
 from transformers_resps.trainers.base import newest_checkpoint

@@ -25,23 +25,43 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from prompts.policy_prompts import PromptArguments
 from publishing import check_publishable, recipe_of, write_run
-from runs.command_line import parse
-from runs.refusal import run
+from runs.command_line import parse, run
+from transformers_resps.data import Conversation, load_conversations, to_tokens
 from transformers_resps.hub.upload import METRICS
 from transformers_resps.policies.throughput import ThroughputPolicy
 from transformers_resps.tools.loading import load_target
 from transformers_resps.trainers import PolicyTrainer, PolicyTrainingConfig, fit_policy
 from transformers_resps.trainers.base import newest_checkpoint, push_folder
+from transformers_resps.trainers.data import name_of
 from transformers_resps.trainers.loading import check_target_name
 from transformers_resps.trainers.policy_trainer import without_guard
 
 
 @dataclass
-class PolicyScriptArguments(PromptArguments):
-    """The policy to train, and its reward."""
+class PolicyScriptArguments:
+    """The target, its drafter, the prompts that it answers, the policy to train, and its reward."""
 
+    target: str = field(metadata={"help": "Hub id or folder of the model that decodes."})
+    head: str = field(metadata={"help": "Hub id or folder of its draft head."})
+    dataset: str = field(metadata={"help": "JSON or JSONL file, or Hub id, of conversations: their prompts are used."})
+    dataset_split: str = field(default="train", metadata={"help": "Split of a dataset from the Hub."})
+    target_dtype: str = field(default="auto", metadata={"help": "A torch dtype name, or auto."})
+    pack: bool = field(
+        default=False, metadata={"help": "With packed weights, as a benchmark with --pack will measure."}
+    )
+    limit: int = field(default=200, metadata={"help": "Maximum number of prompts; 0 for all."})
+    held_out: float = field(
+        default=0.3,
+        metadata={
+            "help": "Share of the prompts not learned from: half to watch training by, half for the final figure."
+        },
+    )
+    max_prompt_tokens: int = field(default=512, metadata={"help": "Longer prompts are left out."})
+    card: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": "What a card must tell and no run can know: see training/PUBLISHING.md."},
+    )
     policy: str = field(
         default="resps",
         metadata={"help": "resps: a new Re-SpS policy. auto: fit policy='auto'. Or a folder or Hub id to go on from."},
@@ -49,6 +69,36 @@ class PolicyScriptArguments(PromptArguments):
     reward_func: str = field(
         default="tokens_per_second", metadata={"help": "tokens_per_second, or mean_rate as in Re-SpS."}
     )
+
+    def read_prompts(self, tokenizer: Any) -> list[Any]:
+        """Load the first `limit` prompts that are short enough (all turns up to the last question), in three parts.
+
+        Returns:
+            Datasets of `messages` to learn from, to watch training by, and for the final figure; the hash of a prompt
+            decides where it belongs, not its place in the dataset.
+
+        Raises:
+            ValueError: fewer than three are left.
+        """
+        found: dict[str, Conversation] = {}
+        for conversation in load_conversations(self.dataset, self.dataset_split):
+            asked = [place for place, message in enumerate(conversation) if message["role"] == "user"]
+            turns = conversation[: asked[-1] + 1 if asked else 0]
+            if turns and len(tokens := to_tokens(turns, tokenizer)) <= self.max_prompt_tokens:
+                found[name_of(tokens)] = turns
+            if len(found) == (self.limit or -1):
+                break
+        if len(found) < 3:
+            raise ValueError(
+                f"{self.dataset} has {len(found)} prompts of at most {self.max_prompt_tokens} tokens, but three are "
+                "needed: to learn from, to watch training by, and to see whether it helped. Pass a larger dataset, or "
+                "raise --max_prompt_tokens."
+            )
+        ordered = [{"messages": found[name]} for name in sorted(found)]
+        half = min(max(1, round(self.held_out * len(ordered) / 2)), (len(ordered) - 1) // 2)
+        from datasets import Dataset  # of the extra `train`, which `parse` has asked for
+
+        return [Dataset.from_list(part) for part in (ordered[2 * half :], ordered[half : 2 * half], ordered[:half])]
 
 
 def main() -> None:

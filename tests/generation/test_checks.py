@@ -1,14 +1,19 @@
 """Everything a tree cannot do is refused by name, before any work: one row per refusal."""
 
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import (
     BertConfig,
     BertLMHeadModel,
     GenerationConfig,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
     LlamaConfig,
     OpenAIGPTConfig,
     OpenAIGPTLMHeadModel,
@@ -17,7 +22,8 @@ from transformers import (
     StaticCache,
 )
 
-from tests.targets import Architecture
+from tests.multimodal_targets import IMAGE, TARGETS, MultimodalTarget
+from tests.targets import VOCABULARY, Architecture
 from transformers_resps import DraftHead, FixedPolicy, Policy, TreeShape, attach
 from transformers_resps.compat import CACHE_KEYWORD
 
@@ -287,3 +293,176 @@ def test_kinds_of_tokens_that_are_all_zero_are_no_input_where_zero_is_what_a_dec
     assert found.tolist() == plain.tolist()
     with pytest.raises(ValueError, match="the `token_type_ids` of BertLMHeadModel"):
         target.generate(PROMPT, policy="auto", max_new_tokens=8, token_type_ids=TYPES)
+
+
+# Inputs that no prompt can have are refused by name, before a tower reads an image or a sound.
+def _target(name: str) -> MultimodalTarget:
+    return next(kind for kind in TARGETS if str(kind) == name)
+
+
+@pytest.fixture(scope="module", params=["gemma3", "qwen2_vl"])
+def seeing(request: pytest.FixtureRequest) -> Iterator[tuple[PreTrainedModel, dict[str, Any]]]:
+    """A target whose decoder and tower must not run, and a good prompt."""
+    kind = _target(request.param)
+    target = attach(kind.build(), policy="auto")
+    target.generate(**kind.prompt("..I.."), max_new_tokens=2)  # the probe of trees runs once
+    hooks = [module.register_forward_pre_hook(_not_reached) for module in target.modules()]
+    yield target, kind.prompt("..I..")
+    for hook in hooks:
+        hook.remove()
+
+
+def _not_reached(module: Any, arguments: Any) -> None:
+    raise AssertionError("the target has begun to work")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"pixel_values": "ints"}, "`pixel_values` is a tensor of torch.int64, but .* reads floats"),
+        (
+            {"input_ids": "only placeholders", "pixel_values": None},
+            "All tokens of the prompt, .* and the call has none",
+        ),
+        ({"cross_attention_mask": torch.ones(1, 1)}, "cross_attention_mask"),
+    ],
+    ids=["pixels of integers", "placeholders alone", "an unknown argument"],
+)
+def test_a_bad_input_is_refused_before_any_work(
+    seeing: tuple[PreTrainedModel, dict[str, Any]], changes: dict[str, Any], message: str
+) -> None:
+    target, prompt = seeing
+    ids = prompt["input_ids"]
+    made = {
+        "ints": prompt["pixel_values"].long(),
+        "only placeholders": torch.full_like(ids, IMAGE),
+    }
+    changed = {name: made[value] if isinstance(value, str) else value for name, value in changes.items()}
+    if "pixel_values" in changed and changed["pixel_values"] is None:
+        prompt = {name: prompt[name] for name in ("input_ids", "attention_mask")}
+    with pytest.raises(ValueError, match=message):
+        target.generate(**prompt | changed, max_new_tokens=4)
+
+
+@pytest.mark.parametrize("name", ["gemma3", "qwen2_vl", "paddleocr_vl"])
+def test_the_forward_of_stock_refuses_a_placeholder_too_many(name: str) -> None:
+    kind = _target(name)
+    target, prompt = attach(kind.build(), policy="auto"), kind.prompt("..I..")
+    prompt["input_ids"] = torch.cat([torch.tensor([[IMAGE]]), prompt["input_ids"][:, 1:]], dim=1)
+    with pytest.raises(ValueError, match="Image features and image tokens do not match"):
+        target.generate(**prompt, max_new_tokens=4)
+
+
+def test_an_image_for_a_model_of_text_is_refused() -> None:
+    target = attach(Architecture("llama").build("sdpa"), policy="auto")
+    with pytest.raises(ValueError, match="pixel_values"):
+        target.generate(torch.tensor([[3, 4, 5]]), pixel_values=torch.zeros(1, 3, 8, 8), max_new_tokens=4)
+
+
+@pytest.mark.parametrize("shape", [(1, 3), (1, 3, 8), (1, 0, 32)], ids=str)
+def test_embeddings_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
+    target = attach(Architecture("llama").build("sdpa"), policy="auto")
+    with pytest.raises(ValueError, match=r"`inputs_embeds` has the shape .* reads `\[b, s, 32\]`"):
+        target.generate(inputs_embeds=torch.zeros(shape), max_new_tokens=4)
+
+
+def test_a_placeholder_that_stands_in_a_text_without_images_is_a_token_like_any_other() -> None:
+    kind = _target("gemma3")
+    target = attach(kind.build())
+    prompt = torch.tensor([[3, IMAGE, 4, 5, 3, IMAGE]])
+    plain = target.generate(prompt, max_new_tokens=12, do_sample=False)
+    assert target.generate(prompt, max_new_tokens=12, do_sample=False, policy="auto").tolist() == plain.tolist()
+
+
+# Models that would write another text with a tree: by their architecture, or because their layers draw numbers.
+FOUR = torch.tensor([[5, 7, 11, 3]])
+ADAPTER = LoraConfig(target_modules=["q_proj"], lora_dropout=0.5, init_lora_weights=False)
+
+
+@pytest.fixture
+def fresh() -> PreTrainedModel:
+    return attach(Architecture("llama").build("sdpa"))
+
+
+def generate(target: Any, head: Any, **settings: Any) -> Any:
+    torch.manual_seed(0)
+    policy = None if head is None else FixedPolicy(TreeShape(9, 3, 2))
+    return target.generate(
+        input_ids=FOUR, assistant_model=head, policy=policy, do_sample=True, max_new_tokens=8, **settings
+    )[0].tolist()
+
+
+@pytest.mark.parametrize(
+    ("model_type", "config", "layer"),
+    [("gpt2", {"n_embd": 32, "n_head": 4, "n_layer": 4}, "drop"), ("llama", {"attention_dropout": 0.1}, "self_attn")],
+)
+def test_a_target_with_dropout_in_training_is_refused(model_type: str, config: dict[str, Any], layer: str) -> None:
+    target = attach(Architecture(model_type, config).build("sdpa"))
+    head = DraftHead.from_target(target)
+    plain = generate(target, None)
+    assert generate(target, head) == plain
+    target.train()
+    with pytest.raises(ValueError, match=f"training mode, where its layer `.*{layer}` draws.*Call `.eval"):
+        generate(target, head)
+
+
+def test_a_target_without_dropout_may_be_in_training(fresh: PreTrainedModel) -> None:
+    head = DraftHead.from_target(fresh).train()
+    assert generate(fresh.train(), head) == generate(fresh, None)
+
+
+def test_an_adapter_with_dropout_is_refused_in_training_alone(fresh: PreTrainedModel) -> None:
+    head, adapted = DraftHead.from_target(fresh), get_peft_model(fresh, ADAPTER)
+    with pytest.raises(ValueError, match="LlamaForCausalLM is in training mode.*lora_dropout"):
+        generate(adapted, head)
+    adapted.eval()
+    assert generate(adapted, head) == generate(adapted, None)
+
+
+def test_a_head_whose_adapter_would_draw_the_texts_random_numbers_is_refused(fresh: PreTrainedModel) -> None:
+    """Its dropout takes them from the generator that tokens are sampled from."""
+    head = get_peft_model(DraftHead.from_target(fresh, VOCABULARY), ADAPTER)
+    with pytest.raises(ValueError, match="DraftHead is in training mode.*lora_dropout"):
+        generate(fresh, head)
+    assert generate(fresh, head.eval()) == generate(fresh, None)
+
+
+@pytest.mark.parametrize("attention", ["paged|flash_attention_2", "flex_attention"])
+def test_an_attention_without_tree_masks_is_refused(attention: str) -> None:
+    target = attach(Architecture("llama").build("sdpa"))
+    head = DraftHead.from_target(target)
+    target.config._attn_implementation_internal = attention
+    with pytest.raises(ValueError, match=rf"{re.escape(attention)}.*set_attn_implementation"):
+        target.generate(FOUR, assistant_model=head)
+
+
+STATEFUL = {
+    "mamba": ({}, "Mamba-1"),
+    "bloom": ({"n_layer": 4, "n_head": 4}, "alibi"),
+    "mpt": ({"d_model": 32, "n_heads": 4, "n_layers": 4}, "alibi"),
+    "llama": ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "'dynamic'"),
+}
+
+
+@pytest.mark.parametrize("model_type", STATEFUL)
+def test_an_architecture_that_cannot_branch_is_refused(model_type: str) -> None:
+    config, message = STATEFUL[model_type]
+    target = attach(Architecture(model_type, config).build("eager"))
+    text = target.config.get_text_config()
+    head = DraftHead.from_target(
+        Architecture("llama", {"num_hidden_layers": text.num_hidden_layers, "hidden_size": text.hidden_size}).build(
+            "sdpa"
+        )
+    )
+    head.config.target = None
+    with pytest.raises(ValueError, match=message):
+        target.generate(FOUR, assistant_model=head, max_new_tokens=4)
+
+
+def test_windows_counted_in_cache_slots_are_refused() -> None:
+    """GPT-Neo's local layers, which a short probe would not find out."""
+    config = GPTNeoConfig(
+        vocab_size=19, hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]]
+    )
+    with pytest.raises(ValueError, match="local layers in cache slots"):
+        attach(GPTNeoForCausalLM(config)).generate(FOUR, policy="auto", max_new_tokens=2)

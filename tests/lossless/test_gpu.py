@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tests.decoding.test_loop_budgets import BUDGETS
+from tests.decoding.test_loop import BUDGETS
 from tests.lossless.answering import both
 from tests.targets import Architecture
 from training.studies.random_target import following, random_target

@@ -2,21 +2,23 @@
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from tests.policies.machine import COMPILED, JUMPING, MACHINES, Machine
+from tests.policies.machine import COMPILED, JUMPING, MACHINES, SLOPING, Machine
+from tests.policies.rows import observation, record
 from transformers_resps.policies.acceptance_model import AcceptanceModel, PlattScaling
 from transformers_resps.policies.auto import default_policy
 from transformers_resps.policies.base import Observation, Policy, count_nodes
 from transformers_resps.policies.costs import RunningCosts
 from transformers_resps.policies.fixed import FixedPolicy
-from transformers_resps.policies.guard import BaselineGuard
+from transformers_resps.policies.guard import BaselineGuard, HeadAccount
 from transformers_resps.policies.throughput import ThroughputPolicy
 from transformers_resps.telemetry import RowCounts, SpeculationReport, StepRecord
-from transformers_resps.tree import TreeShape
+from transformers_resps.tree import Pricing, TreeShape
 
 
 @pytest.mark.parametrize("shape", [TreeShape(60, 8, 10), TreeShape(8, 3, 2), TreeShape(1, 0, 1, lookup=16)])
@@ -351,3 +353,161 @@ def test_a_text_in_which_nothing_repeats_is_told_so() -> None:
     machine, policy = Machine(0.02, 0.0, hit=0.0), BaselineGuard(FixedPolicy(TreeShape.plain()))
     machine.run(policy, 20)
     assert policy.explain([PREFILL, *machine.records]) == "Mostly plain: nothing worth verifying was drafted."
+
+
+# What the guard makes of a batch, whose rows have outcomes and prices of their own.
+CHAIN = TreeShape(4, 3, 1)
+
+
+def test_a_row_may_lag_behind_by_luck_before_it_counts_as_slower() -> None:
+    """Rows that take turns in being right gain one and a half tokens a step of one and a fifth of a plain step."""
+    guard = BaselineGuard(FixedPolicy(TreeShape(2, 1, 1)))
+    drafted = []
+    for step in range(120):
+        shape = guard.choose(observation(4, step))
+        nodes = 1 if shape.is_plain else 2
+        drafted.append(nodes == 2)
+        lucky = step // 5 % 2  # five steps in a row
+        emitted = tuple(1 + (nodes == 2 and row % 2 == lucky) for row in range(4))
+        guard.observe(record(nodes, emitted, 1.0 if nodes == 1 else 1.2))
+    assert sum(drafted) > 110
+
+
+def test_the_next_batch_begins_with_what_steps_cost_before_rows_had_ended() -> None:
+    guard = BaselineGuard(FixedPolicy(CHAIN))
+    guard.choose(observation(4, 0))
+    guard.observe(record(1, (1,) * 4, 1.0))
+    guard.choose(observation(4, 1))
+    guard.observe(record(2, (2,) * 4, 1.5))
+    for step in range(2, 12):
+        guard.choose(observation(1, step))
+        guard.observe(record(2, (2, 0, 0, 0), 0.3))
+    assert guard._known.verify_seconds(2) < 0.5
+    guard.choose(observation(4, 0))
+    assert guard._known.verify_seconds(2) == 1.5 and guard._plain.seconds == 1.0
+
+
+@pytest.mark.parametrize(("rows", "drafts"), [(5, False), (4, True)])
+def test_what_was_too_expensive_for_eight_rows_is_tried_again_for_half_of_them(rows: int, drafts: bool) -> None:
+    guard = BaselineGuard(FixedPolicy(TreeShape(2, 1, 1)))
+    guard._own_costs = RunningCosts({1: 1.0, 2: 1.2}, 0.05)
+    written, step = 0, 0
+
+    def next_step(emitted: tuple[int, ...]) -> bool:
+        nonlocal step
+        step += 1
+        shape = guard.choose(observation(8, step))
+        guard.observe(record(1 if shape.is_plain else 2, emitted, 1.0 if shape.is_plain else 1.3))
+        return not shape.is_plain
+
+    while next_step((1,) * 8) or written < 2:
+        written += 1
+    assert not any(next_step((1,) * 8) for _ in range(3))
+    fewer = (1,) * rows + (0,) * (8 - rows)
+    assert any(next_step(fewer) for _ in range(3)) is drafts
+
+
+def test_the_budget_pays_for_the_nodes_of_all_rows_together() -> None:
+    """Two nodes for each of four rows are too expensive, eight for one of them are not more so."""
+
+    class Greedy(FixedPolicy):
+        def size(self, scores: torch.Tensor, levels: torch.Tensor) -> list[int]:
+            return [9, 1, 1, 1]
+
+    guard = BaselineGuard(Greedy(TreeShape(9, 1, 8)))
+    guard._own_costs = RunningCosts({1: 1.0, 5: 1.2, 33: 3.0}, 0.01)
+    guard._plain.seconds = 1.0
+    guard._budget.seconds = -0.3
+    seen = replace(observation(4, 3), pricing=Pricing(packs_rows=True), row_accept_probs=lambda: [[]] * 4)
+    guard.choose(seen)
+    (most, *others) = count_nodes(guard, torch.zeros(4, 8), torch.ones(8))
+    assert others == [1, 1, 1] and 1 < most < 9
+    guard._budget.seconds = 8.0
+    guard.choose(seen)
+    assert count_nodes(guard, torch.zeros(4, 8), torch.ones(8)) == [9, 1, 1, 1]
+
+
+# A head that does not earn what reading prompts takes it is left out of calls, and tried again.
+def read_of(account: HeadAccount, calls: int, earned: float, rows: int = 1, seconds: float = 0.1) -> list[bool]:
+    """Whether the head reads the prompts of 100 tokens of so many calls, with a hundred tokens each."""
+    found = []
+    for _ in range(calls):
+        reads = account.pays(rows, 100, 100)
+        found.append(reads)
+        account.begin_call(seconds if reads else None)
+        account.tokens, account.earned = 100.0, earned * reads
+    return found
+
+
+def test_a_head_that_earns_too_little_is_left_out_of_twice_as_many_calls_each_time() -> None:
+    trials = [number for number, reads in enumerate(read_of(HeadAccount(), 90, earned=0.05)) if reads]
+    assert trials == [0, 1, 3, 7, 15, 31, 63]
+
+
+def test_a_head_that_earns_its_prompts_reads_all_and_one_that_begins_to_is_believed() -> None:
+    account = HeadAccount()
+    assert all(read_of(account, 20, earned=0.2))
+    assert not all(read_of(account, 8, earned=-0.5))
+    assert read_of(account, 30, earned=2.0)[-20:] == [True] * 20
+
+
+def test_what_a_head_earns_is_known_for_each_number_of_rows() -> None:
+    account = HeadAccount()
+    assert not all(read_of(account, 4, earned=0.0, rows=8))
+    assert all(read_of(account, 4, earned=0.2, rows=1))
+    assert not all(read_of(account, 4, earned=0.0, rows=8))
+
+
+def test_room_and_prompt_of_a_call_decide() -> None:
+    account = HeadAccount()
+    read_of(account, 4, earned=0.2)  # 0.002 seconds a token, and 0.001 to read one
+    assert not account.pays(1, 1000, 100)
+    assert account.pays(1, 1000, 1000)
+    assert not account.pays(1, 100, 10)
+    assert account.pays(1, 10, 10)
+
+
+def test_an_interruption_while_a_prompt_is_read_counts_little() -> None:
+    account = HeadAccount()
+    read_of(account, 4, earned=0.2)
+    read_of(account, 1, earned=0.2, seconds=10.0)
+    assert all(read_of(account, 4, earned=0.2))
+
+
+def test_calls_without_a_head_say_nothing_about_it() -> None:
+    account = HeadAccount()
+    read_of(account, 4, earned=0.2)
+    for _ in range(20):
+        account.begin_call(None)
+        account.tokens = 100.0
+    assert account.pays(1, 100, 100)
+
+
+@pytest.mark.parametrize("hit", [0.01, 0.7])
+def test_prompts_cost_a_useless_head_little_and_a_good_one_reads_them_all(hit: float) -> None:
+    machine = Machine(SLOPING, 0.003, hit=hit, claimed=0.5, prompt_seconds=0.1)
+    policy = default_policy()
+    speeds = [machine.write(policy, 64) for _ in range(40)]
+    if hit > 0.5:
+        assert all(machine.read) and min(speeds[2:]) > 1.3
+    else:
+        assert sum(speeds[4:]) / 36 > 0.98 and machine.read[-30:].count(True) <= 3
+
+
+def test_a_policy_that_needs_a_head_always_has_one_and_a_fixed_one_that_does_not_never() -> None:
+    machine = Machine(SLOPING, 0.003, hit=0.01, prompt_seconds=0.1)
+    guard = BaselineGuard(FixedPolicy(TreeShape(4, 3, 1)))
+    for _ in range(8):
+        machine.write(guard, 64)
+    assert all(machine.read)
+    assert not FixedPolicy(TreeShape(1, 0, 1, lookup=4)).wants_head(1, 100, 64)
+
+
+def test_a_head_that_is_left_out_is_told() -> None:
+    machine, policy = Machine(SLOPING, 0.003, hit=0.01, claimed=0.5, prompt_seconds=0.1), default_policy()
+    while not machine.read or machine.read[-1]:
+        machine.write(policy, 64)
+    assert "gained too little by the head" in str(policy.explain(machine.records[-64:]))
+    policy.observe(machine.records[-1])
+    policy.choose(observation(1, 0))
+    assert "by the head" not in str(policy.explain(machine.records[-64:])), "another call, which has no head"

@@ -8,17 +8,21 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.policies.machine import FLAT, JUMPING, SLOPING, Machine
+from tests.policies.machine import COMPILED, FLAT, JUMPING, SLOPING, Machine
+from transformers_resps import ReSpSPolicy
+from transformers_resps.drafting.blocks import Branching, best_paths, bounds
 from transformers_resps.policies.acceptance_model import AcceptanceModel, PlattScaling
+from transformers_resps.policies.action_grid import ActionGrid
 from transformers_resps.policies.auto import default_policy
-from transformers_resps.policies.base import Observation, Policy
+from transformers_resps.policies.base import Level, Observation, Policy, Trials
 from transformers_resps.policies.costs import CostTable, RunningCosts
 from transformers_resps.policies.fixed import FixedPolicy
 from transformers_resps.policies.guard import BaselineGuard
 from transformers_resps.policies.saving import AutoPolicy
-from transformers_resps.policies.throughput import ThroughputPolicy, best_prefix
+from transformers_resps.policies.throughput import ThroughputMemory, ThroughputPolicy, best_prefix
+from transformers_resps.replay import OutcomeTable, RankedText, RecordedText, replay_policy
 from transformers_resps.telemetry import RowCounts, StepRecord
-from transformers_resps.tree import TreeShape
+from transformers_resps.tree import CandidatePool, TreeShape
 
 
 def test_free_nodes_and_levels_are_used() -> None:
@@ -242,3 +246,329 @@ def test_where_one_pass_gives_all_levels_all_are_drafted_and_nobody_asks_between
         assert policy.grows is (device == "cpu" and not at_once)
     assert (shapes[True].depth, shapes[True].top_k) == (8, 10)
     assert (shapes[False].depth, shapes[False].top_k) != (8, 10)
+
+
+# Nodes that were looked up and nodes of the head compete for the places of one tree.
+def policy_on(slope: float) -> ThroughputPolicy:
+    """On a machine where the second node and each further one costs `slope` plain steps, and more beyond eight."""
+    seconds = {nodes: 1.0 + slope * (nodes - 1) + max(nodes - 8, 0) for nodes in range(1, 80)}
+    table = CostTable({100: seconds}, {1: 0.01, 10: 0.01}, {}, 0.0)
+    return ThroughputPolicy(costs=table.running(100))
+
+
+def chosen(policy: ThroughputPolicy, odds: list[float], head: list[float]) -> tuple[TreeShape, int, int]:
+    """A step whose head proposes children of the root: the shape, the head's nodes and the looked-up ones."""
+    shape = policy.choose(Observation(None, 100, 0, 50, lambda: odds))
+    size = policy.size(torch.tensor([head]).log(), torch.ones(len(head), dtype=torch.long))
+    assert isinstance(size, int)
+    return shape, size - 1, sum(one >= policy.least_lookup_prob for one in odds[: shape.lookup])
+
+
+def test_weak_looked_up_nodes_give_their_places_to_better_ones_of_the_head() -> None:
+    odds = [0.3, 0.2, 0.15, 0.12, 0.1, 0.1]
+    policy = policy_on(slope=0.03)
+    shape, drafted, looked_up = chosen(policy, odds, [0.3, 0.25, 0.2, 0.12, 0.1])
+    assert shape.lookup == 6, "alone they pay"
+    assert drafted >= 2 and 0 < looked_up < 6
+    _, drafted, looked_up = chosen(policy_on(slope=0.03), odds, [0.01])
+    assert (drafted, looked_up) == (0, 6)
+
+
+def test_a_draft_is_worth_what_it_adds_to_the_looked_up_nodes_as_it_shows_them() -> None:
+    """What the head has, too, is no gain of the head; nor is what it shows to be unlikely a loss."""
+    odds = [0.6, 0.3]
+    gains = {}
+    for name, left, shared in (("agrees", [], [[0, 1]]), ("differs", [0.06, 0.03], [[]])):
+        policy = policy_on(slope=0.03)
+        told = iter([odds, left])
+        policy.choose(Observation(None, 100, 0, 50, lambda told=told: next(told), shared=lambda shared=shared: shared))
+        before = policy._memory._gains[True]
+        size = policy.size(torch.tensor([[0.6, 0.3]]).log(), torch.tensor([1, 2]))
+        assert size == 3, "both nodes of the head"
+        gains[name] = policy._memory._gains[True] - before
+    assert gains["agrees"] < gains["differs"]
+
+
+# Looking for repetitions takes time, too: where they are rare it is done rarely.
+PLAIN_SECONDS = 0.008
+
+
+class Text:
+    """Plain steps of a text that is decoded without a head; asking what it repeats takes `look_seconds`."""
+
+    def __init__(self, look_seconds: float) -> None:
+        self.policy, self.look_seconds = ThroughputPolicy(), look_seconds
+        self.probs: list[float] = []  # of what is found
+        self.looks: list[bool] = []  # of each step, whether it asked
+
+    def step(self) -> TreeShape:
+        looks = len(self.looks)
+        shape = self.policy.choose(Observation(None, 100 + looks, looks, 200, self._look, can_draft=False))
+        has_looked = len(self.looks) > looks
+        self.looks = [*self.looks[:looks], has_looked]
+        found, draft = shape.lookup, self.look_seconds * has_looked
+        emitted, seconds = RowCounts([1 + found]), PLAIN_SECONDS * (1 + 0.02 * found)
+        record = StepRecord(
+            shape, found, 1 + found, RowCounts([found]), emitted, draft, seconds, seconds + draft, RowCounts([0])
+        )
+        self.policy.observe(record)
+        return shape
+
+    def _look(self) -> list[float]:
+        self.looks.append(True)
+        return self.probs
+
+
+def test_a_text_without_repetitions_is_looked_up_ever_more_rarely() -> None:
+    text = Text(look_seconds=0.0004)
+    for _ in range(400):
+        text.step()
+    assert all(text.looks[1:50])
+    assert sum(text.looks[-80:]) == 10
+
+
+def test_repetitions_that_begin_late_are_found_and_then_looked_up_at_every_step() -> None:
+    text = Text(look_seconds=0.0004)
+    for _ in range(400):
+        text.step()
+    text.probs = [0.9, 0.81, 0.7, 0.6]
+    lookups = [text.step().lookup for _ in range(40)]
+    assert any(lookups[:8]) and all(lookups[-20:])
+
+
+def test_looks_that_cost_nothing_are_never_left_out() -> None:
+    text = Text(look_seconds=0.0)
+    for _ in range(400):
+        text.step()
+    assert all(text.looks[1:])
+
+
+def test_an_interrupted_look_counts_little() -> None:
+    costs = RunningCosts()
+    for number in range(30):
+        costs.add(1, 0, PLAIN_SECONDS, 0.2 if number == 20 else 0.0004, 0.3, has_looked=True)
+    assert costs.look_seconds == costs.copy().look_seconds == pytest.approx(0.0004, rel=0.1)
+
+
+def test_what_does_not_pay_is_tried_ever_more_rarely_until_it_does() -> None:
+    trials = Trials(2, 8)
+    assert [number for number in range(40) if trials.is_due(pays=False)] == [1, 5, 13, 21, 29, 37]
+    assert trials.is_due(pays=True)
+    assert [trials.is_due(pays=False) for _ in range(2)] == [False, True]
+
+
+# What a second is worth, and when a head that does not pay is asked again.
+def step(emitted: int, seconds: float) -> StepRecord:
+    return StepRecord(TreeShape.plain(), 0, 1, RowCounts([emitted - 1]), RowCounts([emitted]), 0.0, seconds, seconds)
+
+
+def test_the_rate_is_that_of_the_text_so_far_between_one_and_two_plain_rates() -> None:
+    memory = ThroughputMemory()
+    for _ in range(10):
+        memory.add(step(3, 2.0))
+    assert memory.rate(plain_seconds=1.0) == pytest.approx(1.5)
+    assert memory.rate(plain_seconds=0.5) == 2.0, "at least a plain step's"
+    assert memory.rate(plain_seconds=2.0) == 1.0, "at most twice as much"
+
+
+def without_gain(*, head_was_right: bool = True) -> ThroughputMemory:
+    memory = ThroughputMemory()
+    memory.head_was_right = head_was_right
+    for _ in range(30):
+        memory.note_draft(0.0, 0.1, 0.0)
+    return memory
+
+
+@pytest.mark.parametrize("lookup_hit", [0.0, 0.3])
+def test_a_head_that_does_not_pay_is_probed_ever_more_rarely(lookup_hit: float) -> None:
+    """Beside a lookup that is rarely right, too: a batch of texts has one at nearly every step."""
+    memory, asked = without_gain(), []
+    for number in range(400):
+        if memory.asks_head(lookup_hit):
+            asked.append(number)
+            memory.note_draft(0.0, 0.1, lookup_hit)
+    waits = [later - earlier for earlier, later in zip(asked, asked[1:], strict=False)]
+    assert waits == sorted(waits) and waits[-4:] == [32, 64, 128, 128]
+
+
+def test_no_probe_is_made_beside_a_likely_lookup() -> None:
+    memory = without_gain()
+    assert not any(memory.asks_head(0.5) for _ in range(300))
+
+
+def test_a_head_that_pays_alone_is_asked_as_far_as_the_lookup_leaves_enough() -> None:
+    memory = ThroughputMemory()
+    for _ in range(30):
+        memory.note_draft(0.4 * (1 - 0.2), 0.2, 0.2)  # 0.4 without the lookup
+    assert all(memory.asks_head(hit) is (hit < 0.5) for hit in (0.0, 0.4, 0.45, 0.55, 0.9))
+    for _ in range(300):
+        memory.asks_head(0.9)
+    assert memory.asks_head(0.0), "once the lookup fails"
+
+
+def test_a_head_that_was_right_is_asked_though_it_does_not_pay_after_steps_it_was_wrong_in() -> None:
+    memory = without_gain(head_was_right=False)
+    assert not all(memory.asks_head(0.0) for _ in range(5))
+    memory.head_was_right = True
+    assert all(memory.asks_head(0.0) for _ in range(5))
+
+
+def test_a_first_draft_that_was_interrupted_does_not_end_asking() -> None:
+    """It took fifteen times as long as those that follow."""
+    memory = ThroughputMemory()
+    for price in (3.0, 0.2, 0.2, 0.2):
+        assert memory.asks_head(0.0)
+        memory.note_draft(0.9, price, 0.0)
+
+
+# Off the CPU `auto` chooses the depth before it drafts, so that nothing is read between two levels.
+AWAY = "meta"  # any device but the CPU
+TOKENS = 192
+
+
+class Moody(Machine):
+    """Its head is good or bad from one step to the next, and says so: what growing level by level is best at."""
+
+    moods: tuple[float, ...]
+
+    def _step(self, policy: Policy, step: int, room: int) -> StepRecord:
+        self.hit = self.claimed = self.generator.choice(self.moods)
+        return super()._step(policy, step, room)
+
+
+def speed(verify: float, level: float, moods: tuple[float, ...], device: str) -> float:
+    total = 0.0
+    for seed in range(4):
+        machine = Moody(verify, level, 0.5, seed=seed, device=device)
+        machine.moods = moods
+        policy = default_policy()
+        machine.write(policy, 2 * TOKENS)  # finds out
+        total += sum(machine.write(policy, TOKENS) for _ in range(4))
+    return total
+
+
+@pytest.mark.parametrize("level", [0.01, 0.03])  # of a plain step, as on accelerators
+@pytest.mark.parametrize("verify", [0.001, 0.02])
+@pytest.mark.parametrize(
+    ("moods", "share"), [((0.6,), 0.97), ((0.85,), 0.97), ((0.1, 0.3), 0.97), ((0.35, 0.9), 0.92)]
+)
+def test_choosing_the_depth_beforehand_loses_little_against_growing(
+    verify: float, level: float, moods: tuple[float, ...], share: float
+) -> None:
+    assert speed(verify, level, moods, AWAY) >= share * speed(verify, level, moods, "cpu")
+
+
+@pytest.mark.parametrize("hit", [0.0, 0.05])
+@pytest.mark.parametrize("tokens", [48, 512])
+def test_a_head_that_is_never_right_costs_next_to_nothing(hit: float, tokens: int) -> None:
+    for verify, level in ((0.02, 0.02), (0.2, 0.1)):
+        machine = Machine(verify, level, hit, claimed=0.9, device=AWAY)
+        assert machine.write(default_policy(), tokens) >= 0.97
+
+
+class Asked(ThroughputPolicy):
+    """Must not be asked between levels."""
+
+    def grow(self, level: Level) -> bool:
+        raise AssertionError(f"asked after level {level.depth}")
+
+
+def test_off_the_cpu_no_policy_is_asked_between_levels() -> None:
+    for verify in (FLAT, SLOPING):
+        machine = Machine(verify, 0.001, 0.8, device=AWAY)
+        assert machine.write(BaselineGuard(Asked()), 128) > 1.5
+        assert max(shape.depth for shape in machine.shapes) == 8
+
+
+def test_policies_that_decide_beforehand_say_so() -> None:
+    fixed = FixedPolicy(TreeShape(8, 3, 2))
+    assert not fixed.grows and not BaselineGuard(fixed).grows and not ReSpSPolicy.grows
+    assert BaselineGuard(ThroughputPolicy()).grows
+    policy = ThroughputPolicy()
+    for device, grows in ((AWAY, False), ("cpu", True)):
+        policy.costs.add(1, 1, 1.0, 0.1, 1.1)
+        policy.choose(Observation(torch.zeros(1, 4), 10, 3, 50, list, device_type=device))
+        assert policy.grows is grows
+
+
+# Over a block head `auto` chooses depth and nodes after the pass, as well as the best fixed tree does beforehand.
+TEXT_TOKENS, MOST, TOP_K, LEVELS = 400, 16, 3, 8
+SHARES = torch.tensor([0.6, 0.2])  # of what the likeliest token leaves, by rank
+GRID = ActionGrid(
+    tuple(
+        TreeShape(nodes, depth, top_k)
+        for depth in range(1, LEVELS + 1)
+        for nodes in (2, 3, 4, 5, 6, 8, 10, 12, 14, 17)
+        for top_k in (1, TOP_K)
+        if depth <= nodes - 1 <= (depth if top_k == 1 else MOST)
+    )
+)
+MACHINES = {  # seconds of a verification, by nodes, and of a draft
+    "bf16": ({nodes: SLOPING(nodes) for nodes in (1, 2, 4, 8, 12, 17)}, 0.003),
+    "compiled": ({nodes: COMPILED(nodes) for nodes in (1, 2, 4, 6, 8, 12, 17)}, 0.0015),
+    "GPU": ({1: 0.020, 2: 0.0202, 17: 0.0207}, 0.002),
+}
+HONESTY = torch.tensor([0.97, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3])  # of each slot: how often it is right of its claims
+
+
+def text_of(seed: int) -> RecordedText:
+    """A text, and blocks whose slots are guessed apart: one row serves all nodes of a level.
+
+    On a path that is right so far, a token is right as often as it claims, times the `HONESTY` of its level.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(3, 1000, (TEXT_TOKENS + LEVELS + 2,), generator=generator)
+    sure = 0.98 * torch.rand(TEXT_TOKENS, 1, generator=generator) ** 0.5  # some places are hard, for all their slots
+    claims = (sure * (0.8 + 0.2 * torch.rand(TEXT_TOKENS, LEVELS, generator=generator)))[..., None]
+    claims = torch.cat([claims, (1 - claims) * SHARES], dim=-1).sort(-1, descending=True).values  # [t, D, k]
+    drawn = torch.rand(TEXT_TOKENS, LEVELS, 1, generator=generator)
+    ranks = (drawn > (claims * HONESTY[:, None]).cumsum(-1)).sum(-1)  # of the text's own token, or none
+    wrong = 1000 + torch.arange(TEXT_TOKENS * LEVELS * TOP_K).view(TEXT_TOKENS, LEVELS, TOP_K)
+    own = tokens.unfold(0, LEVELS, 1)[2 : 2 + TEXT_TOKENS, :, None]
+    children = torch.where(torch.arange(TOP_K) == ranks[..., None], own, wrong)
+
+    def pool(top_k: int) -> CandidatePool:
+        shape, scores = TreeShape(MOST + 1, LEVELS, top_k), claims.log()[:, :, None, :top_k]
+        branching = Branching(children[..., :top_k], lambda level, chosen, state: (scores[:, level], state))
+        return best_paths(branching, bounds(shape, TEXT_TOKENS, tokens.device)[0], LEVELS).pool(shape)
+
+    pools = {top_k: pool(top_k) for top_k in (1, TOP_K)}
+    return RecordedText(
+        tokens[: TEXT_TOKENS + 2], 1, torch.zeros(TEXT_TOKENS, 2), pools, spare_room=100, block_nodes=MOST
+    )
+
+
+@pytest.fixture(scope="module")
+def texts() -> list[RecordedText]:
+    return [text_of(seed) for seed in range(8)]
+
+
+@pytest.fixture(scope="module")
+def ranked(texts: list[RecordedText]) -> list[RankedText]:
+    return [RankedText.from_recording(text) for text in texts]
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_auto_is_as_fast_as_the_best_fixed_depth_and_budget(
+    machine: str, texts: list[RecordedText], ranked: list[RankedText]
+) -> None:
+    """That of the first texts, on the others. With one factor for all levels, or nodes ranked as the head has them, it
+    is 2 to 3% slower."""
+    verify, draft = MACHINES[machine]
+    table = CostTable({128: verify}, {1: 0.0}, {}, 0.0003, draft_start={1: draft})
+    searched, held_out = (
+        OutcomeTable([text.outcomes(GRID, table) for text in part]) for part in (ranked[:4], ranked[4:])
+    )
+    policy = BaselineGuard(ThroughputPolicy(depth=4, top_k=TOP_K, most_nodes=MOST))
+    replay_policy(texts[0], policy, table)
+    own = sum(replay_policy(text, policy, table).seconds for text in texts[4:])
+    assert own <= 1.02 * float(held_out.fixed_seconds[:, searched.best_fixed].sum())
+
+
+def test_a_block_is_priced_as_a_whole_and_drafted_whole(texts: list[RecordedText]) -> None:
+    """The first draft does not tell what a level costs, so that none is left out for its price."""
+    policy = ThroughputPolicy(depth=4, top_k=TOP_K, most_nodes=MOST)
+    table = CostTable({128: {1: 1.0, 64: 1.1}}, {1: 0.0}, {}, draft_start={1: 0.4})
+    steps = replay_policy(texts[0], BaselineGuard(policy), table).steps
+    assert {step.shape.depth for step in steps if step.shape.asks_head} == {LEVELS}
+    assert policy.costs.draft_seconds(TOP_K, 1) == pytest.approx(0.4)

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import PreTrainedModel
 
 from tests.tokenizers import letter_tokenizer
 from transformers_resps import DraftHead
+from transformers_resps.compilation import compiled as compiled_function
 from transformers_resps.tools.methods import Bench
 from transformers_resps.tools.session import Dialogue
 
@@ -44,3 +46,20 @@ def save_rows(file: Path, rows: Sequence[Sequence[str]]) -> str:
     """A dataset with `turns`."""
     file.write_text("".join(json.dumps({"turns": list(turns)}) + "\n" for turns in rows), encoding="utf-8")
     return str(file)
+
+
+@pytest.fixture
+def named(
+    tmp_path: Path, tiny_target: PreTrainedModel, tiny_head: DraftHead, monkeypatch: pytest.MonkeyPatch
+) -> tuple[str, str, list[str]]:
+    """A target, a head, and the options that measure two of five rows. What is compiled runs as it is."""
+    monkeypatch.setattr(compiled_function.torch, "compile", lambda function, **_: function)  # saves half a minute
+    file = save_rows(tmp_path / "mine.jsonl", [["defg", "hi"], ["klkl"], ["mnop"], ["qrst"], ["uvwx"]])
+    options = f"--repeats 1 --accept-noise --limit 2 --max-new-tokens 8 --dataset {file} --output {tmp_path / 'out'}"
+    return *save_models(tmp_path, tiny_target, tiny_head), options.split()
+
+
+def results(folder: Path) -> dict[str, Any]:
+    """What a benchmark wrote."""
+    found: dict[str, Any] = json.loads((folder / "out" / "results.json").read_text())
+    return found

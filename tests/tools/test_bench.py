@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from tests.assistants.kinds import add_mtp_layer
 from tests.conftest import build_target
-from tests.tools.conversations import interrupted_at_the_sixth_answer, save_models, save_rows
+from tests.tools.conversations import interrupted_at_the_sixth_answer, named, results
 from transformers_resps import DraftHead, FixedPolicy, TreeShape
 from transformers_resps.compilation import compiled as compiled_function
 from transformers_resps.data import write_training_prompts
@@ -27,34 +27,20 @@ from transformers_resps.tools.quiet import BusyMachineError, checked_load
 from transformers_resps.tools.results import SAME_TEXT_INVARIANT
 
 
-ROWS = [["defg", "hi"], ["klkl"], ["mnop"], ["qrst"], ["uvwx"]]
+__all__ = ["named"]  # a fixture
 BenchCommand = Callable[..., int]
 REAL_COMPILE = torch.compile
 
 
 @pytest.fixture
-def bench(
-    tmp_path: Path, tiny_target: PreTrainedModel, tiny_head: DraftHead, monkeypatch: pytest.MonkeyPatch
-) -> BenchCommand:
-    """`bench(*options)`: the exit status, with a dataset of five rows of which two are evaluated.
-
-    What is compiled runs as it is: real compilation takes half a minute.
-    """
-    monkeypatch.setattr(compiled_function.torch, "compile", lambda function, **_: function)
-    target, head = save_models(tmp_path, tiny_target, tiny_head)
-    file = save_rows(tmp_path / "mine.jsonl", ROWS)
+def bench(named: tuple[str, str, list[str]]) -> BenchCommand:
+    """`bench(*options)`: the exit status."""
+    target, head, given = named
 
     def run(*options: str, head: str | None = head) -> int:
-        output = ["--output", str(tmp_path / "out"), "--accept-noise", "--limit", "2", "--max-new-tokens", "8"]
-        models = [target] if head is None else [target, head]
-        return main(["bench", *models, "--dataset", file, "--repeats", "1", *output, *options])
+        return main(["bench", *([target] if head is None else [target, head]), *given, *options])
 
     return run
-
-
-def results(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "out" / "results.json").read_text())
-    return found
 
 
 def parsed(words: str) -> BenchConfig:

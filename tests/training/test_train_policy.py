@@ -12,7 +12,7 @@ import yaml
 from trl import TrlParser
 
 from publishing import find_faults
-from runs import refusal
+from runs import command_line
 from tests.targets import Architecture
 from transformers_resps import (
     AutoPolicy,
@@ -142,7 +142,7 @@ def test_ctrl_c_ends_without_a_traceback(folder: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(data, "calibrate", stopped)
     with pytest.raises(SystemExit, match="130"):
-        refusal.run(lambda: run(folder, monkeypatch))
+        command_line.run(lambda: run(folder, monkeypatch))
 
 
 def test_a_dataset_with_one_prompt_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,1 +1,1 @@
-"""A run of a training command: how it is called, where it resumes, how long it took."""
+"""A training command: what it says first, how it is called, and how it ends."""

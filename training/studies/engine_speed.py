@@ -49,7 +49,7 @@ from transformers_resps.tools.results import AnswerTiming, plain_spread, summari
 from transformers_resps.verifying.hybrids import is_recurrent
 from transformers_resps.verifying.prepacking import prepack
 
-from .experiment import Experiment, execute
+from .experiment import execute, report
 from .random_target import SHAPES, following, random_target
 from .rigged_head import hit_rate_for, rigged_head
 
@@ -217,10 +217,8 @@ def run(args: argparse.Namespace) -> int:
         refusals[model] = engine.not_compiled
         runs += found
     noise = {"accepted": args.accept_noise, "load_before": load}
-    last = engine.ways[-1].method.keywords["assistant_model"]
-    Experiment(engine.bench.target, last, []).report(
-        args, table(runs), runs, noise=noise, plain_spread=spreads, not_compiled=refusals
-    )
+    target = engine.bench.target
+    report(args, target, table(runs), runs, noise=noise, plain_spread=spreads, not_compiled=refusals)
     return 0
 
 

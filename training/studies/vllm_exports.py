@@ -22,13 +22,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from training.benchmarking.peers import Vllm
 from transformers_resps import DraftHead, DraftHeadConfig, FixedPolicy, TreeShape
 from transformers_resps.generation.output import sampling
+from transformers_resps.tools.bench import BenchConfig, BenchModels
 from transformers_resps.tools.cli import model, positive
+from transformers_resps.tools.session import read_dialogues, spread
 
-from .experiment import Experiment, execute
+from .experiment import execute, report
 
 
 DRAFTED = 3  # tokens of a chain
@@ -65,11 +68,11 @@ def changed(head: DraftHead, **fields: Any) -> DraftHead:
     return made
 
 
-def here(experiment: Experiment, head: DraftHead, most: int) -> list[Decoded]:
+def here(target: Any, head: DraftHead, prompts: list[Tensor], most: int) -> list[Decoded]:
     """Decode with a chain, as vLLM does."""
     found = []
-    for prompt in experiment.prompts:
-        out = experiment.target.generate(
+    for prompt in prompts:
+        out = target.generate(
             prompt[None],
             assistant_model=head,
             policy=FixedPolicy(TreeShape(DRAFTED + 1, DRAFTED, 1)),
@@ -77,8 +80,7 @@ def here(experiment: Experiment, head: DraftHead, most: int) -> list[Decoded]:
             return_dict_in_generate=True,
             **sampling(0.0),
         )
-        report = out.speculation
-        found.append(Decoded(out.sequences[0, len(prompt) :].tolist(), report.target_forwards - 1))
+        found.append(Decoded(out.sequences[0, len(prompt) :].tolist(), out.speculation.target_forwards - 1))
     return found
 
 
@@ -116,23 +118,25 @@ def row(head: str, layout: str, plain: list[list[int]], ours: list[Decoded], the
 
 def compare(args: argparse.Namespace) -> int:
     """Measure every variant in both layouts; 1 if vLLM decoded anything else than we did."""
-    experiment = Experiment.load(args)
-    most = args.max_new_tokens
+    asked, most = str(args.dataset), args.max_new_tokens
+    models = BenchModels.load(
+        BenchConfig(args.target, args.head, [asked], policies=(), dtype=args.dtype, device=args.device)
+    )
+    prompts = [one.prompt(models.tokenizer).input_ids for one in spread(read_dialogues(asked), args.limit)]
     settings = {"max_new_tokens": most, "policy": "plain", **sampling(0.0)}
-    plain = [experiment.target.generate(ids[None], **settings)[0, len(ids) :].tolist() for ids in experiment.prompts]
+    plain = [models.target.generate(ids[None], **settings)[0, len(ids) :].tolist() for ids in prompts]
     options = {"model": str(args.target), "dtype": args.dtype, "max_model_len": 1024, "enforce_eager": True}
     drafts = {"method": "eagle3", "num_speculative_tokens": DRAFTED}
-    prompts = [ids.tolist() for ids in experiment.prompts]
     rows, version = [], ""
-    for name, head in variants(experiment.head):
-        ours = here(experiment, head, most)
+    for name, head in variants(models.head):
+        ours = here(models.target, head, prompts, most)
         for layout in ("speculators", "specforge"):
             with tempfile.TemporaryDirectory() as folder:
                 head.save_pretrained(folder, format=layout)
                 chosen = options | {"speculative_config": drafts | {"model": folder}}
-                version, theirs = there(args.vllm, chosen, prompts, most)
+                version, theirs = there(args.vllm, chosen, [ids.tolist() for ids in prompts], most)
             rows.append(row(name, layout, plain, ours, theirs))
-    experiment.report(args, rows, [], vllm=version)
+    report(args, models.target, rows, [], vllm=version)
     same = ("same texts as plain", "same numbers of drafts")
     return int(any(found[name] != found["prompts"] for found in rows for name in same))
 
@@ -146,7 +150,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--limit", type=positive, default=10, help="prompts, spread evenly over the file")
     parser.add_argument("--max-new-tokens", type=positive, default=64)
     parser.add_argument("--output", type=Path, default=Path("results/vllm"), help="folder for results.json")
-    parser.set_defaults(dtype="float32", device="cpu", pack=False)
+    parser.set_defaults(dtype="float32", device="cpu")
     return execute(parser, arguments, compare)
 
 

@@ -1,48 +1,27 @@
 """`training/benchmark.py` from its options to its files, on a tiny target."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
 
 from benchmarking import command
-from tests.tools.conversations import interrupted_at_the_sixth_answer, save_models, save_rows
+from tests.tools.conversations import interrupted_at_the_sixth_answer, named, results
 from transformers_resps import DraftHead
-from transformers_resps.compilation import compiled as compiled_function
 from transformers_resps.tools.results import BusyMachineError
 
 
-ROWS = [["defg", "hi"], ["klkl"], ["mnop"], ["qrst"], ["uvwx"]]
+__all__ = ["named"]  # a fixture
 PLOTS = {"ratios.png", "tau.png", "time.png", "costs.png"}
 BenchCommand = Callable[..., int]
 
 
 @pytest.fixture
-def bench(
-    tmp_path: Path, tiny_target: PreTrainedModel, tiny_head: DraftHead, monkeypatch: pytest.MonkeyPatch
-) -> BenchCommand:
-    """`bench(*options)`: the exit status, with a dataset of five rows of which two are evaluated.
-
-    What is compiled runs as it is: real compilation takes half a minute.
-    """
-    monkeypatch.setattr(compiled_function.torch, "compile", lambda function, **_: function)
-    target, head = save_models(tmp_path, tiny_target, tiny_head)
-    file = save_rows(tmp_path / "mine.jsonl", ROWS)
-
-    def run(*options: str) -> int:
-        output = ["--output", str(tmp_path / "out"), "--accept-noise", "--limit", "2", "--max-new-tokens", "8"]
-        return command.main([target, head, "--dataset", file, "--repeats", "1", *output, *options], "")
-
-    return run
-
-
-def results(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "out" / "results.json").read_text())
-    return found
+def bench(named: tuple[str, str, list[str]]) -> BenchCommand:
+    """`bench(*options)`: the exit status."""
+    target, head, given = named
+    return lambda *options: command.main([target, head, *given, *options], "")
 
 
 def test_it_adds_the_best_fixed_tree_the_oracle_hashes_and_plots(

@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM
 from tests.conftest import build_target
 from tests.tools.conversations import save_models, save_rows
 from training.studies import vllm_exports
-from training.studies.experiment import Experiment
 from training.studies.vllm_exports import Decoded
 from transformers_resps import DraftHead, attach
 
@@ -44,7 +43,7 @@ def test_each_variant_is_compared_in_both_layouts_as_its_files_say(
         target: Any = attach(AutoModelForCausalLM.from_pretrained(options["model"], dtype=torch.float32))
         read.append(DraftHead.from_pretrained(options["speculative_config"]["model"], target=target))
         texts = [torch.tensor(ids) for ids in prompts]
-        found = vllm_exports.here(Experiment(target, read[-1], texts), read[-1], most)
+        found = vllm_exports.here(target, read[-1], texts, most)
         return "0.0", [Decoded(one.tokens, one.drafts + misread) for one in found]
 
     monkeypatch.setattr(vllm_exports, "there", there)

@@ -1,6 +1,6 @@
 import pytest
 
-from runs.refusal import run
+from runs.command_line import run
 
 
 @pytest.mark.parametrize(
