@@ -159,7 +159,7 @@ class _Steps(StepModel):
 
 
 class _Shown(Entries):
-    """Stands for the cache in one pass over a whole text: `update` returns the new keys and values unchanged."""
+    """Replaces the cache in one pass over a whole text: `update` returns the new keys and values unchanged."""
 
     def __init__(self, mask: Tensor) -> None:
         self.mask = mask
@@ -170,8 +170,8 @@ class _Shown(Entries):
 
 @torch.no_grad()
 def _check_trees(model: PreTrainedModel, steps: StepModel) -> None:
-    """Raise a `ValueError` if `steps`, which runs `model` over a tree, computes other logits than `model` for each
-    branch as a plain text. Without this check a wrong mask or scale would only lower acceptance, unnoticed.
+    """Raise a `ValueError` if the logits of `steps`, which runs `model` over a tree, differ from those of `model` over
+    each branch alone. Without this check a wrong mask or scale would lower acceptance unnoticed.
     """
     name = _name(model)
     tokens = torch.arange(1, 7, device=model.device).remainder(steps.proposable_tokens)[None]

@@ -1,10 +1,10 @@
 """Draft with Google's assistants of Gemma 4, such as `google/gemma-4-E4B-it-assistant`.
 
-An assistant has no keys and values of its own: all nodes of a tree attend to the target's, from the position of the
-root (the newest token). A node gets information of its ancestors only by its hidden state, so no cache is needed.
+An assistant has no keys and values of its own: all nodes of a tree attend to the target's keys, and have the position
+id of the root (the newest token). A node knows its ancestors only through its hidden state, so no cache is needed.
 
-Transformers' own loop differs in two ways. The assistant also attends to the keys of the first rejected token, and the
-loop accepts its likeliest tokens as if it had sampled them. Here only tokens that the target picks are accepted.
+Transformers' own loop differs in two ways. There the assistant also attends to the keys of the first rejected token,
+and its likeliest tokens are accepted as if they were sampled. Here only tokens that the target picks are accepted.
 """
 
 from typing import Any, cast
@@ -58,7 +58,7 @@ class GemmaAssistant(LoadedModel):
 
 
 def _key_sizes(model: PreTrainedModel) -> dict[str, str]:
-    """Return a text about the sizes of each layer type's keys, for comparison and error messages."""
+    """Describe the sizes of each layer type's keys, for comparison and error messages."""
     heads = model.config.get_text_config(decoder=True).num_attention_heads
     found: list[Any] = [layer.self_attn for layer in cast(Any, decoder_layers(model))]
     return {
@@ -98,7 +98,7 @@ class _TargetCache(DraftCache):
 
 
 class _Queries(StepModel):
-    """Drafts with the assistant, which runs over all nodes of a tree level. They do not attend to each other."""
+    """Drafts with the assistant, which runs over all nodes of a tree level; nodes do not attend to each other."""
 
     def __init__(self, model: PreTrainedModel, target: PreTrainedModel) -> None:
         self._model = cast(Any, model)
@@ -135,7 +135,7 @@ class _Queries(StepModel):
         return outputs.last_hidden_state
 
     def logits(self, output: Tensor, depth: int = 0) -> Tensor:
-        """Compute the logits of all tokens or, if the model clusters its vocabulary, of those in `_nearest`."""
+        """Compute the logits of all tokens or, if the model clusters its vocabulary, of the tokens of `_nearest`."""
         if self._embedder is None:
             return self._model.lm_head(output).float()
         return self._scores(output, self._nearest(output))

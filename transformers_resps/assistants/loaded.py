@@ -25,7 +25,7 @@ class LoadedModel(LevelSource):
 
     @property
     def model(self) -> PreTrainedModel:
-        """The model. Raises a `ReferenceError` if it has been deleted."""
+        """The model that drafts. Raises a `ReferenceError` if it has been deleted."""
         model = self._model()
         if model is None:
             raise ReferenceError("The assistant has been deleted. Keep the model that drafts, and pass it again.")

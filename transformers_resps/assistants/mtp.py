@@ -57,7 +57,7 @@ class MtpLayer(nn.Module):
         self._hidden_first = config.hidden_first
 
     def forward(self, embeddings: Tensor, hidden: Tensor, **block: Any) -> Tensor:
-        """Map embeddings and previous hidden states `[b, t, h]` to outputs before the norm. The layer gets `block`."""
+        """Map embeddings and hidden states `[b, t, h]` to outputs before the norm; the decoder layer gets `block`."""
         pair = [self.enorm(embeddings), self.hnorm(hidden)]
         output = self.block(self.eh_proj(torch.cat(pair[::-1] if self._hidden_first else pair, dim=-1)), **block)
         return output[0] if isinstance(output, tuple) else output
@@ -169,7 +169,7 @@ class MtpHead(TrainableSource, nn.Module):
         `id_or_folder` is a folder that `save_pretrained` wrote, or a checkpoint of the target's kind, such as the
         original of a quantised or fine-tuned target; only files that hold the layers are opened. `draft_token_ids`
         `[d]` are the tokens that can be proposed, in any order; `None` for all. With few ids the output head is
-        faster, and a small model spends most of a draft's time there. `dtype` is the layers', by default the target's.
+        faster, and a small model spends most of a draft's time there. The layers' `dtype` is the target's by default.
         `keywords` are `revision`, `token` and others of `huggingface_hub.hf_hub_download`; also fields of `MtpConfig`,
         to correct what is inferred from the checkpoint. Raises a `ValueError` if the checkpoint has no supported MTP
         layers, if they are quantised in an unknown way, damaged or incomplete, or if they do not fit `target`.
@@ -217,7 +217,7 @@ class MtpHead(TrainableSource, nn.Module):
         They start as copies of the target's last layer that output the hidden state unchanged: this trains faster.
         `save_pretrained` gives their tensors DeepSeek-V3's names. For `draft_token_ids` see `from_pretrained`;
         `settings` are fields of `MtpConfig`. Raises a `ValueError` if an id is not in the target's vocabulary, or if
-        there is no such setting.
+        a setting is unknown.
         """
         rows = draft_vocabulary(target, None, draft_token_ids)
         ids = None if rows is None else tuple(rows.tolist())
@@ -234,7 +234,7 @@ class MtpHead(TrainableSource, nn.Module):
 
     @torch.no_grad()
     def _start_from(self, target: PreTrainedModel) -> None:
-        """Copy the target's last layer to each MTP layer with zero output projections, so it outputs what it reads."""
+        """Copy the target's last layer to each MTP layer, with zero output projections: it then outputs its input."""
         norm, shift = target.get_decoder().norm.weight, int(_is_zero_centred(target))
         factors = (norm.float() + shift).abs().clamp(min=_SMALLEST_FACTOR).copysign(norm.float() + shift)
         for layer in cast(Any, self.layers):
@@ -413,7 +413,7 @@ def _is_zero_centred(target: PreTrainedModel) -> bool:
 
 
 def _borrowing(config: MtpConfig, checkpoint: MtpCheckpoint, target: PreTrainedModel) -> MtpConfig:
-    """Return `config`, but without an own embedding or output head if the stored one is a copy of the target's."""
+    """Return `config` without a separate embedding or output head if the stored tensor is a copy of the target's."""
 
     def differs(part: str, theirs: Any) -> bool:
         names = [f"layers.{depth}.{part}.weight" for depth in range(config.depths)]
@@ -450,7 +450,7 @@ _GROWING_ROPES = ("dynamic", "longrope")  # RoPE types whose angles depend on th
 
 class BoundMtp(TrainableModel):
     """Runs a head's MTP layers with parts of one target; see `MtpHead.bind`. `layers` are the head's, or copies with
-    packed weights; `rows` keeps output rows. If passed, `forward` replaces `MtpHead.forward`, with its arguments.
+    packed weights; `rows` keeps output rows. If passed, `forward` replaces `MtpHead.forward`, with the same arguments.
     """
 
     def __init__(
@@ -555,7 +555,7 @@ class BoundMtp(TrainableModel):
 
 def _near(entries: Entries, positions: Tensor, pattern: AttentionPattern) -> Tensor | None:
     """Return the mask of `entries` that also hides text keys outside the pattern's window; `None` for a single query
-    without a mask. `positions` `[b or 1, t, 1]` are those of the queries. The tree's keys, in slots below 0, are kept.
+    without a mask. `positions` `[b or 1, t, 1]` belong to the queries. Keys of the tree, in slots below 0, are kept.
     """
     mask, count = entries.mask, positions.shape[1]
     if mask is None and count == 1:

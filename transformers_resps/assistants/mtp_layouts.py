@@ -93,7 +93,7 @@ _INSIDE = {
     "moe.gate.": "mlp.gate.",
     "share_expert.": "mlp.shared_experts.",
 }
-# Names of one expert's tensor or, without a number, of all experts'. `_MERGED`: our joint tensor and which half it is.
+# Names of one expert's tensor or, without a number, of all experts'. `_MERGED`: projection -> our tensor and its half.
 _EXPERT = re.compile(r"(.*block\.)(?:mlp\.experts\.(\d+)|moe)\.(gate|up|down)_proj\.weight")
 _MERGED = {"gate": ("gate_up_proj", 0), "up": ("gate_up_proj", 1), "down": ("down_proj", 0)}
 
@@ -132,7 +132,7 @@ class Stored:
         return torch.cat(rows, dim=1) if len(rows) > 1 else rows[0]
 
     def split(self, tensor: Tensor) -> dict[str, Tensor]:
-        """Split our tensor into the stored tensors, by name. `joined` makes our tensor of them."""
+        """Split our tensor into the stored tensors, by name; the inverse of `joined`."""
         rows = tensor.chunk(len(self.names), dim=1) if len(self.names) > 1 else (tensor,)
         each = [part.unbind(0) if self._is_apart else (part,) for part in rows]
         return {
@@ -143,8 +143,8 @@ class Stored:
 
 
 def stored_names(names: Iterable[str], layer_count: int) -> dict[str, Stored]:
-    """Group `names`, those of all tensors of a checkpoint, by our name of the MTP tensor that they make; other tensors
-    are left out. The target has `layer_count` layers.
+    """Group the `names` of a checkpoint's tensors by our name of the MTP tensor that they make up. Leave out other
+    tensors. The target has `layer_count` layers.
     """
     stored: dict[str, Stored] = {}
     for name in names:
@@ -248,7 +248,7 @@ class MtpCheckpoint:
             )
 
     def check_target(self, target: dict[str, Any]) -> None:
-        """Raise a `ValueError` if the sizes in `target`, its `target_identity`, differ from the checkpoint's."""
+        """Raise a `ValueError` if the sizes in `target`, a `target_identity`, differ from the checkpoint's."""
         wrong = [
             f"{key} {self.stated(key)} (the target: {target[key]})"
             for key in ("hidden_size", "vocab_size")
@@ -265,7 +265,7 @@ class MtpCheckpoint:
         return 1 + max(int(name.split(".")[1]) for name in self.stored)
 
     def config(self) -> MtpConfig:
-        """Infer the `MtpConfig`: from the model family what the layers compute, from the tensors which parts exist."""
+        """Infer the `MtpConfig`: the model family decides what the layers compute, the tensors which parts exist."""
         if self._config.get("model_type") == MTP.saved_as:
             lists = {key: tuple(value) for key, value in self._config["mtp"].items() if isinstance(value, list)}
             return MtpConfig(**self._config["mtp"] | lists)
@@ -288,7 +288,7 @@ class MtpCheckpoint:
         )
 
     def is_copy(self, ours: str, weight: Tensor) -> bool:
-        """Return whether some rows of the tensor `ours` equal those of the target's `weight`; false if offloaded."""
+        """Whether some rows of the tensor `ours` equal the same rows of the target's `weight`; false if offloaded."""
         if weight.is_meta:
             return False
         name = self.stored[ours].names[0][0]

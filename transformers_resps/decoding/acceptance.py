@@ -1,10 +1,10 @@
 """The acceptance rule: at each node the target picks a token, and the walk goes on to the child with that token.
 
-Each position makes the calls of plain sampling (Transformers' `_sample`): logits processors, one pick (the argmax or a
-draw), stopping criteria, streamer. So the target draws every token given its prefix, with the random numbers of plain
-decoding. This is lossless for any tree that was built without looking at the picks, and the same seed gives the same
-text. The usual rule, which accepts a child with probability `min(1, p/q)`, is not lossless if children are the best
-by score and not drawn from q (a test shows it).
+For each token the functions of plain sampling (Transformers' `_sample`) are called: logits processors, one pick (an
+argmax or a draw), stopping criteria, streamer. So the target draws every token given its prefix, with the random
+numbers of plain decoding. This is lossless for any tree that was built without looking at the picks, and the same seed
+gives the same text. The usual rule, which accepts a child with probability `min(1, p/q)`, is not lossless if children
+are the best by score and not drawn from q (a test shows it).
 
 `accept` is the rule. `accept_picks` gives the same result with fewer calls, if nothing observes single tokens.
 """
@@ -178,7 +178,7 @@ def _filled(rows: list[list[int]]) -> list[list[int]]:
 
 
 class Picks:
-    """The token that the target picks at each node of a tree: known for all nodes, or picked only where `at` asks."""
+    """The token that the target picks at each node of a tree: known for all nodes, or picked when `at` is called."""
 
     def __init__(
         self,

@@ -71,7 +71,7 @@ class TreeDecoding:
         self._root = batch.newest if batch.length else batch.input_ids.new_zeros(len(batch))  # [b]
 
     def prefill(self, read: Callable[[Tensor], tuple[Tensor, list[Features]]]) -> None:
-        """Step 0: run the target over the prompt with `read`, like `Verifier.prefill`; append the first token."""
+        """Run step 0: call `read`, a function like `Verifier.prefill`, with the prompt, and append the first token."""
         self._clock.start()
         logits, features = read(self.batch.input_ids)
         proposal = Proposal.plain(self._root)
@@ -135,7 +135,7 @@ class TreeDecoding:
         self.report.compile_seconds += drafting + verifying
 
     def _read_picks(self, tree: DraftTree, logits: Tensor) -> Picks | None:
-        """Call `read_picks`, or wait until the logits are computed, so that the clock counts the whole forward."""
+        """Call `read_picks`; without picks, wait until the logits are computed, to count the whole forward's time."""
         picks = read_picks(self.batch, tree, logits)
         if picks is None:
             wait_for(logits)
@@ -144,7 +144,7 @@ class TreeDecoding:
     def _accept(
         self, tree: DraftTree, logits: Tensor, picks: Picks | None, reached: list[list[int]] | None = None
     ) -> Acceptance:
-        """Append the tokens that the target picks to the batch; the last token becomes the next root."""
+        """Append to the batch the tokens that the target picks; each row's last token becomes its next root."""
         acceptance = accept_batch(self.batch, tree, logits, picks, reached)
         self._root = acceptance.tokens[:, -1]
         return acceptance

@@ -16,7 +16,7 @@ from ..tree import CandidatePool, DraftTree, Pricing, TreeShape
 
 
 class DecodedRows(Protocol):
-    """Protocol with those properties of a `Batch` that a `Proposer` reads; a replayed text implements it, too."""
+    """The properties of a `Batch` that a `Proposer` reads; a replayed text has them, too."""
 
     @property
     def in_lockstep(self) -> bool: ...

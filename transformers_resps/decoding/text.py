@@ -102,7 +102,7 @@ class Text:
 
     @property
     def live(self) -> Tensor:
-        """Bool `[b]` of the decoded rows: false if a row is finished, unless its padding must be decoded, too."""
+        """Bool mask `[b]` of the decoded rows: false for finished rows, unless their padding must be decoded, too."""
         rows = self._of_decoded(self.unfinished)
         return rows.bool() if self._pads and not self._keep_padding else torch.ones_like(rows, dtype=torch.bool)
 
@@ -132,7 +132,7 @@ class Text:
         return kept
 
     def is_plain_greedy(self, count: int) -> bool:
-        """Whether the next `count` tokens are argmaxes of raw logits, and no streamer or output needs each one."""
+        """Whether the next `count` tokens are argmaxes of raw logits, and no streamer or output needs each token."""
         return self.picks_by_scores(count) and not self.do_sample and not self._logits_processor
 
     def picks_by_scores(self, count: int) -> bool:
@@ -142,7 +142,7 @@ class Text:
         return self._ends_silently(count) and reads_scores and not self._is_watched
 
     def can_process_at_once(self, tree: DraftTree) -> bool:
-        """Whether processors can run on all nodes at once: if they are stateless, and text and tree on one device."""
+        """Whether processors can run on all nodes at once: all are stateless, and text and tree are on one device."""
         is_here = tree.tokens.device == self._ids.device
         return is_here and self._ends_silently(tree.node_count) and self._tree_processor is not None
 
@@ -161,7 +161,7 @@ class Text:
         return free == conditions.length or self.length + count <= free
 
     def process(self, tree: DraftTree, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Return raw and processed scores `[n, v]` of one row's tree; of logits `[1, any, v]` the first n are used."""
+        """Return raw and processed scores `[n, v]` of one row's tree from the first n of logits `[1, any, v]`."""
         assert self._tree_processor is not None
         raw = logits[0, : tree.node_count].to(dtype=torch.float32, device=self._ids.device)
         read = self.input_ids if self._tree_processor.reads_texts else self._ids  # avoids joining an unread text

@@ -33,7 +33,7 @@ def attach(
     eval_mode: bool = False,
     invariant: bool | None = None,
 ) -> Model:
-    """Let `model.generate` take draft heads and policies; returns the same object, with the same weights.
+    """Let `model.generate` accept draft heads and policies; returns the same object, with the same weights.
 
     The keywords become defaults of later `generate` calls, for callers that cannot pass them, such as TRL's trainers.
     A second `attach` with keywords replaces all defaults. `generate(..., policy="plain")` ignores the defaults, and

@@ -130,7 +130,7 @@ def check_prompts(prompts: Any) -> None:
 
 
 def check_keywords(said: Keywords, *, are_defaults: bool = False) -> None:
-    """Raise if a keyword in `said` has a wrong type or contradicts another; `are_defaults`: `attach` got them."""
+    """Raise if a keyword has a wrong type or contradicts another; `are_defaults` means that they are `attach`'s."""
     if are_defaults and said.is_plain:
         raise ValueError("`policy='plain'` is no default: an attached model without defaults decodes plainly.")
     if isinstance(said.assistant_model, list | tuple) and not said.assistants:
@@ -661,7 +661,7 @@ def check_needs_compiled(sources: Sequence[DraftSource], why_eager: str | None) 
 
 
 def check_lockstep(lockstep: bool | None, reason: str | None) -> None:
-    """Raise for `lockstep=False` if this call must decode all rows in step; `reason` says why, or is `None`."""
+    """Raise for `lockstep=False` if this call must decode all rows in lockstep; `reason` says why, or is `None`."""
     if lockstep is False and reason is not None:
         raise ValueError(f"`lockstep=False` does not work with {reason}. Leave out `lockstep`, or what requires it.")
 

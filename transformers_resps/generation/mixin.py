@@ -119,7 +119,7 @@ class ReSpSGenerationMixin(GenerationMixin):
                 _request.reset(token)
 
     def _sample(self, *args: Any, inputs_tensor: Tensor | None = None, **kwargs: Any) -> Any:
-        """Decode a call that Transformers' `generate` has prepared. It calls this method if it gets no assistant."""
+        """Decode a call that Transformers' `generate` has prepared; it calls this method if it gets no assistant."""
         request, state = _request.get(), self.speculation_state
         if request.is_stock:
             return cast(Any, super())._sample(*args, **kwargs)

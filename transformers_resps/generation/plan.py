@@ -172,7 +172,7 @@ class PreparedEncoderDecoder(Prepared):
 
     @property
     def is_cache_given(self) -> bool:
-        """Whether the caller passed the cache, or gets one of several rows. Both must hold finished rows' padding."""
+        """Whether the caller passed the cache, or gets a cache of several rows, which holds finished rows' padding."""
         return super().is_cache_given or (self.returns_dict and len(self.input_ids) > 1)
 
     @property

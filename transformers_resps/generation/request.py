@@ -72,7 +72,7 @@ class Assistants:
         return self._sources[model]
 
     def source(self, target: PreTrainedModel, head: Any) -> DraftSource | None:
-        """Return a source for `head`: a source, model, folder or Hub id. `None` stays. Raises if it cannot draft."""
+        """Return a source for `head` (source, model, folder, Hub id; `None` for `None`). Raises if it cannot draft."""
         if head is None:
             return None
         check_drafter(head)
@@ -145,7 +145,7 @@ class Request:
 
     @contextmanager
     def admitted(self, target: PreTrainedModel, state: SpeculationState, call: GenerateCall) -> Iterator["Request"]:
-        """Check the request, and yield a copy with its policy loaded; raise `ValueError` if trees cannot decode it."""
+        """Check the request, and yield a copy with a loaded policy. Raises `ValueError` if trees do not support it."""
         with ExitStack() as stack:
             if self.is_plain_throughout or any(source.calls_generate for source in self.sources):
                 stack.enter_context(SpeculationDefaults.suspended())

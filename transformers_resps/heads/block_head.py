@@ -126,7 +126,7 @@ class MarkovHead(nn.Module):
         return state if first is None else self.step(root, first, state)[1]
 
     def step(self, before: Tensor, hidden: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """Advance the RNN on w paths by a token, embedded as `before`; return context and state `[b, w, r]` each."""
+        """Advance the RNN on w paths by one token each, embedded as `before`; return context and state `[b, w, r]`."""
         hidden = hidden[:, None].expand(-1, before.shape[1], -1)
         gate, new, output = self.joint_proj(torch.cat([state, before, hidden], dim=-1)).chunk(3, dim=-1)
         gate = torch.sigmoid(gate)
@@ -355,7 +355,7 @@ class BoundBlockHead(BlockModel, BoundModel):
         return self._forward(embeddings, Rope(*places), attend)
 
     def predicting(self, output: Tensor, levels: int) -> Tensor:
-        """Select from a block's outputs `[..., q, h]` those at the slots that predict the next `levels` tokens."""
+        """Select from a block's outputs `[..., q, h]` the outputs of slots that predict the next `levels` tokens."""
         return output.narrow(-2, int(not self._config.shifted), levels)
 
     def fill(

@@ -34,7 +34,7 @@ def default_feature_layers(layer_count: int) -> list[int]:
 
 
 def default_layer_ids(depth: int, count: int) -> list[int]:
-    """Return which of `depth` target layers a z-lab head of `count` layers reads (their `build_target_layer_ids`)."""
+    """Return which of `depth` target layers a z-lab head of `count` layers reads: z-lab's `build_target_layer_ids`."""
     if count == 1:
         return [depth // 2]
     return [round(1 + index * (depth - 4) / (count - 1)) for index in range(count)]
@@ -128,7 +128,7 @@ class HeadConfig(PreTrainedConfig):
 
     @classmethod
     def field_types(cls) -> dict[str, Any]:
-        """Return name and type of each field, without those of `PreTrainedConfig`."""
+        """Return name and type of each field, without the fields of `PreTrainedConfig`."""
         return HeadConfig.__annotations__ | cls.__annotations__
 
     def save_pretrained(

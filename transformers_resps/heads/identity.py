@@ -51,7 +51,7 @@ _SAMPLED = 64  # Approximate number of values of each parameter that are hashed.
 
 def parameter_fingerprint(model: nn.Module) -> str:
     """Hash a few numbers of every parameter, which is quick for a model of any size. No parameter is left out, because
-    a fine-tune may leave most parameters unchanged. Of a quantized weight, codes and scales are hashed.
+    a fine-tune may leave most parameters unchanged. For a quantized weight, codes and scales are hashed.
     """
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():

@@ -389,9 +389,9 @@ class DraftHead(HeadModel):
     def forward(self, hidden: Tensor, embeddings: Tensor, rope: Rope, attend: Attend, wanted: Wanted = ALL) -> Tensor:
         """Compute hidden states `[b, q, h]`, before the final norm, at the `wanted` positions.
 
-        `hidden` `[b, t, h]` are fused features or, for later drafted tokens, what `feedback` returned; `embeddings`
-        `[b, t, h]` are those of the next tokens. `attend` is the attention over the keys and values that the caller
-        keeps (see `DraftCache`). For other positions only keys and values are computed, a third of the work.
+        `hidden` `[b, t, h]` are fused features or, for later drafted tokens, the result of `feedback`; `embeddings`
+        `[b, t, h]` belong to the next tokens. `attend` is the attention over the keys and values that the caller
+        keeps (see `DraftCache`). At unwanted positions only keys and values are computed, a third of the work.
         """
         for count, layer in enumerate(self.layers, start=1):  # no `is self.layers[-1]`: under `torch.export` it fails
             is_last = count == len(self.layers)

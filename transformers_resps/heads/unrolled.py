@@ -45,7 +45,7 @@ class UnrolledEntries(Entries):
         return torch.cat([own.expand(len(self._sees), 1, -1, -1), self._sees], dim=-1)
 
     @property
-    def first_slot(self) -> int:  # type: ignore[override]  # likewise
+    def first_slot(self) -> int:  # type: ignore[override]  # depends on the level
         return -self._own_entries
 
     @property
@@ -137,7 +137,7 @@ def unroll_blocks(model: BoundBlockHead, features: Tensor, tokens: Tensor, level
 def run_blocks(model: BoundBlockHead, features: Tensor, tokens: Tensor, anchors: Tensor, levels: int) -> Tensor:
     """Fill a block at each of m anchors; return the outputs `[b, m, q, h]` of its q slots, after the final norm.
 
-    `features` `[b, t, F]` and `tokens` `[b, t]` are those of whole texts, `anchors` `[b, m]` the positions of the
+    `features` `[b, t, F]` and `tokens` `[b, t]` belong to whole texts, `anchors` `[b, m]` are the positions of the
     blocks' first tokens. Each block predicts `levels` tokens. It attends to itself and to the features strictly before
     its anchor, but to no other block (DFlash, arXiv 2602.06036, section 3).
     """

@@ -1,1 +1,1 @@
-"""The verified model: its forward over a tree, its features, tree attention, and the caches that hold a tree."""
+"""The target: its forward over a tree, its features, tree attention, and the caches that hold a tree."""

@@ -1,9 +1,9 @@
-"""The target's attention over trees: SDPA in which heads that share keys (GQA) read them together.
+"""The target's attention over trees: SDPA that reads shared keys once for all query heads that share them (GQA).
 
-With a mask, Transformers' `sdpa` copies keys and values for every head that shares them, at every layer; PyTorch's
-`enable_gqa` reads them once for each head. Here such heads become queries of one head, with the same result up to
-rounding. Single tokens gain most: one layer of SmolLM2 in bfloat16 on Zen 4 takes 0.12 ms after 800 positions instead
-of 0.59, three nodes in each of eight rows after 250 positions 0.36 ms instead of 0.55. Not timed on accelerators.
+With a mask, Transformers' `sdpa` copies shared keys and values for every query head, at every layer; PyTorch's
+`enable_gqa` reads them once for each query head. Here such heads become queries of one head, with the same result up
+to rounding. Single tokens gain most: one layer of SmolLM2 in bfloat16 on Zen 4 takes 0.12 ms instead of 0.59 after 800
+positions, three nodes in each of eight rows 0.36 ms instead of 0.55 after 250 positions. Not timed on accelerators.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,7 +24,7 @@ from .lending import Change, lent
 from .masks import additive
 
 
-STOCK, GROUPED = "sdpa", "resps_grouped_sdpa"  # attention implementations by name
+STOCK, GROUPED = "sdpa", "resps_grouped_sdpa"  # names of Transformers' attention implementation and of ours
 # Each row of a mask begins at a multiple of this number of elements. PyTorch's memory-efficient kernel needs 8, in
 # older releases 16, and copies any other mask (`preprocess_mask` in ATen's `attention.cpp`).
 _ALIGNMENT = 16
@@ -34,7 +34,7 @@ _OF_SDPA_ALONE = ("softcap", "position_bias")  # options that change the result 
 class PackedNodes:
     """Packs r nodes of several rows into one row, so that a forward computes only these nodes, and no padding.
 
-    `places` `[r]` are indices into the concatenated rows of `count` nodes; `are_computed` `[b, n]` is true for these.
+    `places` `[r]` are the packed nodes' indices in the flattened nodes `[b, n]`; the mask `are_computed` marks them.
     """
 
     def __init__(self, places: Tensor, rows: int, count: int) -> None:
@@ -64,7 +64,7 @@ def grouped_attention(
     resps_packed: "PackedNodes | None" = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Compute the same as Transformers' `sdpa`, by `attend` where that is faster; for shapes see `attend`.
+    """Compute the same as Transformers' `sdpa`, by `attend` where `attend` is faster; for shapes see `attend`.
 
     An `attention_mask` of `None` means causal. With `resps_packed` the query `[1, heads, r, hd]` holds the r packed
     nodes of all rows, while keys and mask still have b rows. Returns `[b, q, heads, hd]`, and `None` for the weights.
@@ -123,9 +123,9 @@ AttentionMaskInterface.register(GROUPED, sdpa_mask)
 def use_gqa_attention(target: PreTrainedModel) -> Iterator[None]:
     """Let a target with `sdpa` attention use `grouped_attention` inside the `with` block.
 
-    At each forward, layers look up their attention's name in the config. We change it only around forwards over trees,
-    so that prompts, and other users of the target, still get `sdpa` bit for bit. Threads that run the target meanwhile
-    may see either name, with equal results up to rounding. With FlashAttention, `_flash_or_tree` chooses instead.
+    At each forward, layers look up their attention's name in the config. The name is changed only for forwards over
+    trees, so that prompts, and other users of the target, get exactly `sdpa`. Other threads that run the target may
+    see either name; results are equal up to rounding. With FlashAttention, `_flash_or_tree` chooses by the mask.
     """
     config = target.config.get_text_config()
     name = config._attn_implementation

@@ -17,14 +17,14 @@ from transformers.cache_utils import DynamicLayer
 from ..compat import CacheLayer, cache_layers
 
 
-_SPARE = 256  # positions allocated beyond what is needed
-_MAX_SHARING = 8  # layers of a buffer: with more, nodes move faster, but growing takes twice a buffer's memory
+_SPARE = 256  # unused positions at the end of a new buffer, so that it rarely grows
+_MAX_SHARING = 8  # most layers in a buffer: with more, nodes move faster, but a growing buffer is in memory twice
 
 
 class PreallocatedLayer(DynamicLayer):
     """A cache layer whose entries are the front of a larger buffer, so that a forward does not copy earlier entries.
 
-    It begins with the entries of the layer `stock`. Other code may crop it or replace its tensors.
+    A new layer has the entries of the layer `stock`. Other code may crop the layer or replace its tensors.
     """
 
     buffer: "SharedBuffer"
@@ -65,7 +65,7 @@ class PreallocatedLayer(DynamicLayer):
         return self.keys is self._shown
 
     def move_to(self, buffer: "SharedBuffer", keys: Tensor, values: Tensor) -> None:
-        """Append to `keys` and `values` `[b, kv heads, size, hd]` of `buffer`; they begin with the layer's entries."""
+        """Store entries from now on in `keys` and `values` `[b, kv heads, size, hd]`, which hold the old ones, too."""
         self.buffer, self._own = buffer, (keys, values)
         self._show(self.get_seq_length())
 
@@ -78,7 +78,7 @@ class PreallocatedLayer(DynamicLayer):
 class SharedBuffer:
     """Holds entries `[layers, b, kv heads, size, hd]` of several layers, to move nodes in all layers at once.
 
-    It has room for `size` positions, more than any layer has. Layers may differ in length, values in `hd` from keys.
+    `size` exceeds the length of every layer. Layers may have different lengths, and keys another `hd` than values.
     """
 
     def __init__(self, layers: list[Any], size: int) -> None:
@@ -94,7 +94,7 @@ class SharedBuffer:
         _allocate(self._layers, length)
 
     def entries(self) -> list[Tensor] | None:
-        """Return keys and values `[layers, b, kv heads, s, hd]`; `None` if one was replaced or lengths differ."""
+        """Return keys and values `[layers, b, kv heads, s, hd]`; `None` if a layer left the buffer or lengths vary."""
         lengths = {layer.get_seq_length() if layer.is_preallocated else None for layer in self._layers}
         if len(lengths) > 1 or None in lengths:
             return None
@@ -118,7 +118,7 @@ def restore_stock_layers(cache: Cache) -> None:
 
 
 def entries_of(layers: Iterable[CacheLayer]) -> Iterator[Tensor]:
-    """Yield keys and values as writable views `[layers, b, kv heads, s, hd]`, of a layer or of all in a buffer."""
+    """Yield keys and values as writable views `[any, b, kv heads, s, hd]`: of one layer, or of all in one buffer."""
     buffers: dict[int, list[Tensor] | None] = {}
     for layer in layers:
         buffer = layer.buffer if isinstance(layer, PreallocatedLayer) else None
@@ -224,7 +224,7 @@ def crop_to(cache: Cache, length: int) -> None:
 
 
 def cached_length(cache: Cache) -> int:
-    """Number of positions that the cache has seen; sliding layers may have dropped some of them."""
+    """Return the number of positions that the cache has seen; sliding layers may have dropped some of them."""
     return int(cache.get_seq_length())
 
 
@@ -253,7 +253,7 @@ def visible_entries(cache: Cache, layer_index: int) -> tuple[Tensor, Tensor]:
 
 
 def window_of(cache: Cache, layer_index: int) -> int | None:
-    """The sliding window of a layer, or `None` where attention is full."""
+    """Return the size of a layer's sliding window; `None` if the layer has full attention."""
     layer = cache_layers(cache)[layer_index]
     return int(layer.sliding_window) if getattr(layer, "is_sliding", False) else None
 
@@ -302,7 +302,7 @@ def compact_ragged(cache: Cache, path: Tensor, node_count: int, slots: Tensor, l
 
 
 def keep_rows(cache: Cache, rows: list[int], length: int) -> None:
-    """Drop all rows of a cache except `rows`, and all positions after `length`, where the longest of these ends."""
+    """Keep only `rows` of a cache, and only the first `length` positions, at which the longest of these rows ends."""
     order, layers = torch.tensor(rows), cache_layers(cache)
     for layer in layers:
         states = _states(layer)
@@ -319,7 +319,7 @@ def keep_rows(cache: Cache, rows: list[int], length: int) -> None:
 
 
 def copied_row(cache: Cache, row: int, length: int) -> Cache:
-    """Copy the first `length` positions of a row, at which it ends, to a new cache of Transformers' layers."""
+    """Copy a row, which ends after `length` positions, to a new cache with Transformers' layers."""
     copied = copy.copy(cache)
     copied.layers = [_copied_row(layer, row, length) for layer in cache_layers(cache)]
     stop_recording(copied)
@@ -344,7 +344,7 @@ def _copied_row(layer: CacheLayer, row: int, length: int) -> Any:
 
 
 def joined_rows(caches: list[Cache]) -> Cache:
-    """Concatenate the rows of all caches, which have equal lengths, in the first cache, and return this cache."""
+    """Append the rows of the other caches to the first cache, and return it; all caches have equal lengths."""
     for own, *others in zip(*map(cache_layers, caches), strict=True):
         rows = [own, *others]
         if holds_state(own):
@@ -359,7 +359,7 @@ def joined_rows(caches: list[Cache]) -> Cache:
 
 
 def _newest(states: Tensor, path: Tensor, node_count: int, counts: Tensor, most: int) -> Tensor:
-    """Gather each row's last `most` entries: those before the tree, then the first `counts` `[b]` of its path."""
+    """Gather each row's last `most` entries: entries before the tree, then the first `counts` `[b]` of the path."""
     past = states.shape[-2] - node_count
     order = torch.arange(most, device=path.device) + (past - most + counts)[:, None]  # [b, most]; nodes from `past` on
     nodes = path.gather(1, (order - past).clamp(0, path.shape[1] - 1))
@@ -374,7 +374,7 @@ def replace_entries(layer: CacheLayer, states: list[Tensor], length: int) -> Non
 
 
 def _along_positions(positions: Tensor, states: Tensor) -> Tensor:
-    """Expand positions `[b, m]` to an index with which `gather` reads `[b, heads, s, hd]`."""
+    """Expand positions `[b, m]` to an index `[b, heads, m, hd]` for `gather` from `states` `[b, heads, s, hd]`."""
     return positions.to(states.device)[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[-1])
 
 

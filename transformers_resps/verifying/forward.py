@@ -1,8 +1,8 @@
 """Run the target over prompts and trees, and catch features: the hidden states that a draft head reads.
 
-Hooks catch them, also while Transformers' `generate` reads a prompt with images or sounds. `output_hidden_states`
-would leave hooks in the model that cannot be pickled, keep the states of all layers before release 5.23, and give the
-last layer's only after the final norm.
+Hooks catch the features, also while Transformers' `generate` reads a prompt with images or sounds. The option
+`output_hidden_states` is worse: it leaves hooks in the model that cannot be pickled, it returns the last layer's
+states only after the final norm, and before Transformers 5.23 it keeps the states of all layers.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -44,7 +44,7 @@ class FeatureTap:
 
     `layers` are ascending indices as in `output_hidden_states`: j is the input of layer j. With L layers, L is the
     last layer's output before the final norm, and L + 1 the output of that norm. With `before_deepstack`, j is the
-    output of layer j - 1 before DeepStack adds image features. Raises a `ValueError` if the target lacks one.
+    output of layer j - 1 before DeepStack adds image features. Raises a `ValueError` if the target lacks one of these.
     """
 
     def __init__(self, target: PreTrainedModel, layers: list[int], *, before_deepstack: bool = False) -> None:
@@ -203,8 +203,8 @@ class TargetForward:
     def read_by(self, run: Callable[[], Result]) -> tuple[Result, Features, Tensor | None]:
         """Call `run`, which runs the target over a prompt; return its result, the features and the position ids.
 
-        The position ids `[..., t]` (or `None`) are what the text decoder got in the last forward. PaliGemma's
-        count from 1, unlike `generate`'s. Raises a `ValueError` if the target is compiled: it ignores hooks.
+        The position ids `[..., t]`, or `None`, are the ones that the text decoder got in the last forward: PaliGemma
+        counts from 1, unlike `generate`. Raises a `ValueError` for a compiled target, since it ignores hooks.
         """
         if is_compiled(self.target):
             raise ValueError(
@@ -244,7 +244,7 @@ class TargetForward:
 
 
 class EncoderDecoderForward(TargetForward):
-    """Runs the decoder of an encoder-decoder, and lets trees use the `self_attention_cache` of `cache`.
+    """Runs the decoder of an encoder-decoder; entries of trees are in the `self_attention_cache` of `cache`.
 
     `encoder_outputs` and `encoder_mask` (`[b, input length]`, or `None`) come from Transformers' `generate`.
     """
@@ -303,7 +303,7 @@ def skips_positions(target: PreTrainedModel) -> bool:
 
 
 def gives_hidden_states(target: PreTrainedModel, layers: list[int]) -> bool:
-    """Whether `output_hidden_states` gives these layers' states; it lacks the last layer's before the final norm."""
+    """Whether `output_hidden_states` returns these states; it lacks the last layer's states before the final norm."""
     return target.config.get_text_config().num_hidden_layers not in layers
 
 

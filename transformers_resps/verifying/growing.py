@@ -15,7 +15,7 @@ from .verifier import TargetEntries, Verifier, VerifyingMode, layers_by_kind
 
 
 class TreeVerifier(Verifier):
-    """Verifies trees with a dynamic cache: appends all nodes' entries, then moves those of accepted nodes forward."""
+    """Verifies trees with a dynamic cache: appends all nodes' entries, then keeps only the accepted nodes' entries."""
 
     def __init__(self, forward: TargetForward, rows: RowEnds) -> None:
         super().__init__(forward, rows)
@@ -38,7 +38,7 @@ class TreeVerifier(Verifier):
         preallocate(self.forward.cache)
 
     def verify(self, tree: DraftTree) -> tuple[Tensor, Features]:
-        """Run one forward over the tree. If possible, a root alone gets the mask that plain decoding would pass."""
+        """Run one forward over the tree. A tree of only the root gets the mask of plain decoding, if possible."""
         slides = (getattr(layer, "is_sliding", False) for layer in self.forward.cache.layers)
         if tree.node_count == 1 and (self.rows.slots.is_even or not any(slides)):
             mask: Masks = self.rows.prompt_mask(self.length + 1)
@@ -91,7 +91,7 @@ class TreeVerifier(Verifier):
         self.forward.keep_rows(rows)
 
     def close(self) -> None:
-        """See `Verifier.close`. A lone root in the newest tree is kept if it has changed recurrent layers' states."""
+        """See `Verifier.close`. If the newest tree is only a root that has changed recurrent states, it is kept."""
         if self._mixers and self._newest_nodes == 1:
             self.rows.slots.extend([1] * len(self.rows))
             crop(self.forward.cache, 0)

@@ -78,7 +78,7 @@ def known_mixers(model: nn.Module) -> dict[int, nn.Module]:
 
 
 def recurrence_obstacle(model: PreTrainedModel) -> str | None:
-    """Say why a recurrent target cannot verify trees; `None` if it can, or is not recurrent."""
+    """Return why a recurrent target cannot verify trees; `None` if it can, or is not recurrent."""
     config = model.config.get_text_config()
     if config.model_type in _REFUSED:
         return _REFUSED[config.model_type]
@@ -133,7 +133,7 @@ _REPLACED = (
 
 
 class WholeTree:
-    """Computes a tree in the mixers during one forward of the target: each node once, and no state changes.
+    """Computes a tree in the recurrent layers during one forward of the target: each node once, and no state changes.
 
     The functions that replace scans and convolutions get this object as `resps_tree`; see `_TreeReader`. `depths`
     `[b, n]` and `ancestors` `[b, n, n]` are a `DraftTree`'s; `states` holds each layer's states before the tree.
@@ -243,7 +243,7 @@ class WholeTree:
         with _without_autocast(state.device.type):
             decays = self._ancestors.to(decays.dtype) @ decays
             between, fading = _between(decays, self._ancestors), decays.exp()
-            if rates is not None:  # subtract what state and earlier nodes hold for the same keys
+            if rates is not None:  # subtract the values that the state and earlier nodes have for the same keys
                 rates = rates.transpose(1, 2)
                 wanted, overlap = rates * (values - (keys * fading) @ state), rates * _products(keys, keys, between)
                 values = torch.linalg.solve_triangular(overlap, wanted, upper=False, unitriangular=True)
@@ -255,7 +255,7 @@ class WholeTree:
     def noted(self, layer: int) -> list[Tensor]:
         """Return the inputs `[b, c, n]` of a layer's convolution, and if it has a scan, the tensors of its `_Updates`.
 
-        Raises a `ValueError` if the mixer did not call the functions that we replaced.
+        Raises a `ValueError` if the layer did not call the functions that we replaced.
         """
         if layer not in self._inputs or (self._states[layer].recurrence is not None) != (layer in self._updates):
             raise ValueError(
@@ -303,7 +303,7 @@ _READERS: dict[str, Callable[..., Any]] = {
 
 
 class _TreeReader:
-    """Replaces `own`, a scan or a convolution: calls `reads` for a tree if it gets `resps_tree`, else calls `own`."""
+    """Replaces a scan or convolution `own`: a call with `resps_tree` runs `reads` for that tree, others run `own`."""
 
     def __init__(self, own: Callable[..., Any], reads: Callable[..., Any]) -> None:
         self._own, self._reads = own, reads
@@ -375,7 +375,7 @@ class StateKinds:
         return {layer: _states_in(cache, layer) for layers, _ in self._kinds for layer in layers}
 
     def of(self, cache: Cache) -> list[Tensor]:
-        """Copy a cache's states: for each group its layers' convolution states, stacked, then recurrent if any."""
+        """Copy a cache's states: for each group the stacked convolution states, then its recurrent states, if any."""
         found = list[Tensor]()
         for layers, is_scanned in self._kinds:
             states = [_states_in(cache, layer) for layer in layers]
@@ -410,7 +410,7 @@ class StateKinds:
         return found
 
     def advance(self, states: Mapping[int, LayerStates], noted: Sequence[Tensor], path: Tensor) -> None:
-        """Advance `states` in place along `path` `[b, m]` by values `noted`; short rows repeat their last node."""
+        """Advance `states` in place by the `noted` values of `path` `[b, m]`; a shorter row repeats its last node."""
         is_kept = torch.diff(path, prepend=path.new_full((len(path), 1), -1)) != 0
         notes = iter(noted)
         for layers, is_scanned in self._kinds:
@@ -436,7 +436,7 @@ def _states_in(cache: Cache, layer: int) -> LayerStates:
 
 
 class RecurrentMixers:
-    """Lets a target's mixers, if any, compute trees with a dynamic cache while the context `readers` is entered."""
+    """Lets a target's recurrent layers, if any, compute trees with a dynamic cache inside the context `readers`."""
 
     def __init__(self, target: PreTrainedModel, cache: Cache) -> None:
         self._target, self._cache = target, cache

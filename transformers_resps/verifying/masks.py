@@ -62,12 +62,12 @@ def additive(seen: Tensor, dtype: torch.dtype, *, past: int = 0, hidden: float |
 
 
 def layer_types(model: PreTrainedModel) -> set[str]:
-    """The types of the target's layers; empty where its config names none."""
+    """Return the types of the target's layers; empty if its config names none."""
     return set(getattr(model.config.get_text_config(), "layer_types", None) or ())
 
 
 def unknown_layer_types(model: PreTrainedModel) -> set[str]:
-    """The types of the target's layers for which this module has no masks."""
+    """Return the types of the target's layers for which this module has no masks."""
     return layer_types(model) - ATTENTION_TYPES - RECURRENT_TYPES - FEED_FORWARD_TYPES - {"hybrid"}
 
 
@@ -135,8 +135,8 @@ def tree_positions(tree: DraftTree, root_positions: Tensor | float) -> Tensor:
 def last_position(config: PretrainedConfig, root_position: int) -> int | None:
     """Find the largest position that nodes may have if the first root has `root_position`; `None` without a limit.
 
-    One limit is the end of a table of learned positions. The other is the original context with 'longrope': a
-    position beyond that changes the frequencies of all tokens of a forward, while plain decoding runs them one by one.
+    One limit is the end of a table of learned positions. The other is the end of the original context with 'longrope':
+    a later position changes the frequencies of all tokens of its forward, and plain decoding runs tokens one by one.
     """
     config = config.get_text_config()
     boundary = longrope_boundary(config)

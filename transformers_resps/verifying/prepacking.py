@@ -2,9 +2,9 @@
 
 On a CPU `torch.nn.Linear` reorders its weights at every call, so in float32 the 2 to 64 rows of a tree cost two to
 four times one row (on AVX2 SmolLM2's forward takes 57 ms over one token and 99 ms over eight; packed 45 and 66 ms).
-oneDNN keeps weights in its own blocked layout. There a row's result does not depend on the number of rows on AVX2, and
-on AVX-512 only in some sizes (docs/lossless.md). In bfloat16, on CPUs that multiply it (AVX-512 and later), packed
-layers are faster for any number of rows (SmolLM2 on Zen 4: 41 and 51 ms; packed 34 and 35 ms).
+A packed layer keeps its weights in oneDNN's blocked layout. On AVX2 a row's result then does not depend on the number
+of rows; on AVX-512 this holds only for some sizes of layers. On CPUs that multiply bfloat16 (AVX-512 and later),
+packed bfloat16 layers are faster for any number of rows (SmolLM2 on Zen 4: 41 and 51 ms; packed 34 and 35 ms).
 """
 
 import logging
@@ -87,7 +87,7 @@ def _multiplied(input: Tensor, blocks: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class PackedWeights:
-    """Keeps a module's packed weights, so that the next `view` need not pack them again. The module stays as it is."""
+    """Keeps a module's packed weights, so that the next `view` need not pack them again. The module is not changed."""
 
     def __init__(self) -> None:
         self._weights: dict[str, PackedWeight] = {}
@@ -150,8 +150,8 @@ def prepack(module: Module) -> Module:
     weights through `.data`, as in PEFT's merge, are not noticed: call `prepack` again after them.
 
     Returns `module`, which is changed in place: layers that are exactly `nn.Linear` become `PrepackedLinear`, with the
-    same parameters and names. Quantized layers stay, and a warning names one. Raises a `ValueError` if `module` is no
-    `nn.Module`, and changes nothing if packing fails.
+    same parameters and names. Quantized layers are not changed, and a warning names one of them. Raises a `ValueError`
+    if `module` is no `nn.Module`, and changes nothing if packing fails.
     """
     if not isinstance(module, nn.Module):
         raise ValueError(f"`prepack` needs a model, a head or another `nn.Module`, got {module!r:.80}.")
@@ -200,7 +200,7 @@ def _multiplies_bfloat16() -> bool:
 
 
 def _is_plain(weight: Tensor) -> bool:
-    """Whether a weight holds its own values; weights of other classes may be quantized or sharded."""
+    """Whether a weight is an ordinary tensor or parameter; weights of other classes may be quantized or sharded."""
     return type(weight) in (Tensor, nn.Parameter)
 
 

@@ -28,7 +28,7 @@ class EndedRow:
     position: Tensor
 
     def read(self, target: PreTrainedModel, tokens: Tensor, prompt_mask: Tensor | None) -> None:
-        """Run the target over `tokens` `[1, t]`, the row's next ones; one by one if the target is recurrent."""
+        """Run the target over `tokens` `[1, t]`, the row's next tokens; one by one if the target is recurrent."""
         ahead = torch.arange(tokens.shape[1], device=tokens.device)
         positions = self.position.to(tokens.device)[:, None, None] + ahead  # [planes, 1, t]
         for part in ahead.split(1 if is_recurrent(target) else len(ahead)):

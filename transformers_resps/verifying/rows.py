@@ -61,11 +61,11 @@ class SlotMap:
             self._end_at([self._ends[row] for row in rows])
 
     def row_ends(self, rows: int) -> list[int]:
-        """The first free slot of each of the `rows` rows, as a list."""
+        """Return the first free slot of each of the `rows` rows, as a list."""
         return self._ends or [self.length] * rows
 
     def ends(self, device: torch.device) -> Tensor:
-        """The first free slot of each row, as a tensor: `[b, 1]`, or `[1, 1]` if it is the same for all rows."""
+        """Return the first free slot of each row, as a tensor: `[b, 1]`, or `[1, 1]` if all rows have the same."""
         if self._ends is None:
             return torch.full((1, 1), self.length, device=device)
         if self._copied_ends is None or self._copied_ends.device != device:
@@ -101,7 +101,7 @@ class SlotMap:
         return taken[:, : len(slots[0]) + ahead]
 
     def visible(self, length: int, device: torch.device) -> Tensor | None:
-        """Make the bool mask `[b, length]` of the slots that each row may attend to; `None` if these are all slots."""
+        """Make the bool mask `[b, length]`, true where a row may attend to a slot; `None` if all slots are visible."""
         if self._padding is None and self._ends is None:
             return None
         seen = None if self._padding is None else _stretched(self._padding.to(device), length)
@@ -122,8 +122,8 @@ class SlotMap:
 class RowEnds:
     """Tracks the cache slot and the position id of each row's next token.
 
-    `positions` are those of the whole prompt, cached tokens included: `[b or 1, s]`, or `[planes, b or 1, s]` if a
-    token has several positions (M-RoPE). `mask` `[b, s]` is 0 where the prompt has padding.
+    `positions` are the position ids of the whole prompt, cached tokens included: `[b or 1, s]`, or `[planes, b or 1,
+    s]` if a token has several ids (M-RoPE). `mask` `[b, s]` is 0 where the prompt has padding.
     """
 
     # Each row's positions minus its slots, in each plane: one number if all are equal, else `[b, 1]` or
@@ -161,7 +161,7 @@ class RowEnds:
 
     @property
     def levels_left(self) -> int:
-        """How many levels below its root a tree may have, up to the target's largest position."""
+        """Number of levels below the root that a tree may have, so that no node exceeds the target's last position."""
         last = self.last_position
         return sys.maxsize if last is None else max(last - int(max(map(max, self.roots))), 0)
 
@@ -169,7 +169,7 @@ class RowEnds:
         return len(self.shifts)
 
     def go_on_from(self, positions: Tensor) -> None:
-        """Let each row's next token follow the last of the prompt's `positions`, for each coordinate apart."""
+        """Let each row's next position ids be 1 more than the last of the prompt's `positions`, in each plane."""
         shifts = positions[..., -1] + 1 - self.prompt_length
         self._shift_by(shifts[:, None].tolist() if shifts.dim() == 1 else shifts.t().tolist())
 

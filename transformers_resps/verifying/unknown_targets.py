@@ -118,9 +118,9 @@ def check_same_bits(target: PreTrainedModel, make_verifier: Callable[[Tensor], V
 
 @torch.no_grad()
 def _has_same_bits(target: PreTrainedModel, make_verifier: Callable[[Tensor], Verifier]) -> bool:
-    """Whether logits are equal in all bits: a prompt's, read in chunks or at once; a path's, alone or in a tree."""
+    """Whether logits have equal bits: for a prompt in chunks or at once, for a path's nodes alone or in a tree."""
     most = last_position(target.config, 0)
-    length = 80 if most is None else min(80, most - 4)  # 16 beyond the first block of keys
+    length = 80 if most is None else min(80, most - 4)  # 80: 16 tokens more than a block of keys
     tokens = torch.arange(1, length + 6, device=target.device).remainder(target.config.get_text_config().vocab_size)
     prompt, nodes, path = tokens[None, :length], tokens[None, length:], [0, 2, 4]
     positions = torch.arange(length, device=target.device)[None]

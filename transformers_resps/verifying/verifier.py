@@ -36,7 +36,7 @@ class TargetEntries:
 class Verifier(ABC):
     """Runs the target over trees, owns its cache during a call, and knows the length of every row.
 
-    Use it in `with`: at the end, even after an exception, the cache has Transformers' layers and only kept entries.
+    Use it in a `with` block: after the block, even if it raised, the cache has stock layers and only kept entries.
     """
 
     is_compiled: bool = False  # whether forwards over trees run compiled
@@ -64,7 +64,7 @@ class Verifier(ABC):
 
     @property
     def pricing(self) -> Pricing:
-        """Facts from which the cost of the newest step, or of the first step before it ran, is estimated."""
+        """Facts to estimate a step's cost: those of the newest step or, before the first step, of the first step."""
         return Pricing()
 
     def prefill(

@@ -64,7 +64,7 @@ class PublishedConfig:
     """A published head and its `config.json`, with the user's corrections."""
 
     source: str  # Hub id or folder, for messages
-    stated: dict[str, Any]  # all fields of the config, those in `transformer_layer_config` and the like too; no nulls
+    stated: dict[str, Any]  # all fields of the config without nulls; nested fields (`transformer_layer_config`) too
     corrections: dict[str, Any]  # fields that the user passed; they are also in `stated`
     publisher: Publisher  # decides what the fields mean
     tensors: dict[str, Tensor]  # by this package's names

@@ -73,7 +73,7 @@ def read_checkpoint(
 
 
 def kind_in(name: str | os.PathLike[str], **hub: Any) -> DrafterKind:
-    """Return the kind of head in a Hub id or folder without reading its weights. Errors as in `read_checkpoint`."""
+    """Return the kind of head in a Hub id or folder; loads only tensors in `SHAPING`. Raises as `read_checkpoint`."""
     files = CheckpointFiles(name, hub)
     config, places = files.config() or {}, files.places(*_FILES) or {}
     shaping = {name: place for name, place in places.items() if name.endswith(SHAPING)}
@@ -337,7 +337,7 @@ class WholeModelError(ValueError):
 
 
 def check_is_head(config: dict[str, Any], names: Container[str], source: str) -> None:
-    """Raise a `WholeModelError` if the config and the tensors' `names`, as we spell them, are of a whole model."""
+    """Raise a `WholeModelError` if `config` and `names`, our names of the tensors, belong to a whole model."""
     kinds = [kind for kind in config.get("architectures") or () if kind.endswith(_WHOLE)]
     if kinds and "fc.weight" not in names and "layers.0.hidden_norm.weight" not in names:
         error = WholeModelError(

@@ -77,7 +77,7 @@ def export_block_head(config: BlockHeadConfig, state: dict[str, Tensor], folder:
 
 
 def _is_sliding(config: BlockHeadConfig) -> list[bool]:
-    """Return for each layer whether its attention has a window. If so, it is causal by default in both layouts."""
+    """Return for each layer whether its attention has a window; such layers are causal by default in both layouts."""
     return [window is not None for window in config.windows or ()]
 
 
@@ -107,7 +107,7 @@ def _check_block(config: BlockHeadConfig, layout: str) -> None:
 
 
 def _block_layer(config: BlockHeadConfig) -> dict[str, Any]:
-    """Convert the fields that describe the layers to those of a Qwen3 config."""
+    """Convert the fields that describe the layers to fields of a Qwen3 config."""
     is_sliding, rope = _is_sliding(config), config.rope_parameters or {}
     return {
         **{field: getattr(config, field) for field in _LAYER_FIELDS if field in BlockHeadConfig.field_types()},

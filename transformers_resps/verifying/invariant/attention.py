@@ -1,9 +1,9 @@
 """Attention whose result for a token depends only on its own text, not on the other tokens of the forward.
 
-A kernel chooses by the shape of the whole problem in which order it sums a row's keys, and in low precision another
-order may change the text. Here the keys are cut into blocks of one size at fixed places (indices) in the text, and
-PyTorch's kernel computes each block by itself. A softmax over the log-sum-exps of the blocks, in float64, joins their
-results, as in cascade attention (https://flashinfer.ai/2024/02/02/cascade-inference.html).
+A kernel chooses the order in which it sums over a row's keys by the shape of the whole problem, and in low precision
+another order may change the output. Here the keys are cut into blocks of one size at fixed places (indices) in the
+text, and PyTorch's kernel computes each block alone. A softmax over the log-sum-exps of the blocks, in float64, joins
+their results, as in cascade attention (https://flashinfer.ai/2024/02/02/cascade-inference.html).
 
 All nodes of a tree share the blocks that end before its root; the first place after them is the border. A later block
 is gathered for each path by itself, from the text and the path's nodes, and only nodes of that path query it. So a
@@ -41,9 +41,9 @@ def levels_below(place: int, depth: int) -> int:
 
 
 class BlockLayout(NamedTuple):
-    """Lists the blocks of keys that the nodes of a tree, or the tokens of a prompt, attend to; g counts `groups`.
+    """Lists the blocks of keys to which the nodes of a tree, or the tokens of a prompt, attend, and g query groups.
 
-    A place is a token's index in the text, and also its slot in the buffers. Node i has the i-th slot after the root.
+    A place is a token's index in the text, and also a text token's slot. Node i has the i-th slot after the root.
     """
 
     shared: Tensor  # [blocks, BLOCK], places of the blocks that all nodes share
@@ -53,7 +53,7 @@ class BlockLayout(NamedTuple):
     places: Tensor  # [b, g, _ROWS], places of these nodes in the text; -1 where a group has fewer
     slots: Tensor  # [b, g, BLOCK], slots of the entries in that block, in the order of the text
     starts: Tensor  # [b, g], place of the block's first entry
-    asked: Tensor  # [levels, b, n], a node's index in its row's groups, for each block from the border on; else -1
+    asked: Tensor  # [levels, b, n], a node's index in its row's groups, for each block from the border on; -1: none
 
     @classmethod
     def of_chain(cls, roots: Tensor, depths: Tensor, least: int = 0) -> "BlockLayout":
@@ -156,7 +156,7 @@ def _rounded_up(count: Any, step: int) -> Any:
 
 
 def _filled_up(part: Tensor, dim: int) -> Tensor:
-    """Repeat the last entry of dimension `dim` until their number is a multiple of `_MULTIPLE`."""
+    """Repeat the last entry of dimension `dim` until the dimension's size is a multiple of `_MULTIPLE`."""
     count = part.shape[dim]
     if count % _MULTIPLE == 0:
         return part
@@ -210,7 +210,7 @@ class BlockReads:
     def mask(self, pattern: AttentionPattern) -> Tensor:
         """Make the additive mask of a layer type, `[b, 1, n * blocks + g * _ROWS, BLOCK]`: shared blocks, then groups.
 
-        Some targets hand attention a view of this mask.
+        Some targets pass a view of this mask to their attention.
         """
         layout = self.layout
         shared = self._shown(layout.shared, self._places[..., None, None], layout.ends[..., None, None] - 1, pattern)
@@ -271,7 +271,7 @@ class BlockReads:
         return index.flatten(), is_missing if asked.shape[0] > 1 else None
 
     def _rows(self, nodes: Tensor, mask: Tensor, heads: int, kv_heads: int) -> _QueryRows:
-        """Make query rows of `nodes` `[any, b, r]` with `mask` `[any, b, r, BLOCK]`. Heads that share keys adjoin."""
+        """Make query rows of `nodes` `[any, b, r]` and `mask` `[any, b, r, BLOCK]`; heads that share keys adjoin."""
         rows, count = self._places.shape
         sharing = heads // kv_heads
         if nodes.numel() == 1 and -sharing % _MULTIPLE <= (count - 1) * heads:  # one node, with later heads as filler

@@ -201,7 +201,7 @@ class InvariantCalls:
         self._compare(model, compile)
 
     def mode(self, target: PreTrainedModel, *, compiles: bool = False) -> InvariantMode:
-        """Make the exact mode for one call; raise a `ValueError` if no number of rows lets each row round alike."""
+        """Make the exact mode for one call; raise a `ValueError` if no number of rows makes each row round alike."""
         return InvariantMode(self._engine, self.code, self._needs(target, compiles=compiles), compiles)
 
     def _needs(self, target: PreTrainedModel, *, compiles: bool) -> RowNeeds:

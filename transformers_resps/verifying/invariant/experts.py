@@ -1,8 +1,8 @@
 """Compute mixtures of experts so that a token's result does not depend on the other tokens of a forward.
 
 The other tokens decide how many rows an expert gets, and another number of rows may round differently. Here each
-expert's rows are filled up to a number that rounds alike, and the results of a token's experts are added in the
-token's own order. Transformers' expert modules look up their function at each forward, so that we can replace it.
+expert's rows are padded to a number of rows that rounds each row alike, and the results of a token's experts are added
+in the token's own order. Transformers' expert modules look up their function at each forward, so we can replace it.
 """
 
 from collections.abc import Callable, Iterator
@@ -52,7 +52,7 @@ def _(rows: Tensor, weights: Tensor, ends: Tensor, least: int) -> Tensor:
 def invariant_experts(
     experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *, least: int
 ) -> Tensor:
-    """Compute a module with Transformers' `use_experts_implementation`; results equal Transformers' up to rounding.
+    """Compute the experts of a class decorated by `use_experts_implementation`; equals Transformers' up to rounding.
 
     `hidden_states` and the result are `[n, h]`. `top_k_index` and `top_k_weights` `[n, k]` are each token's k
     experts and their weights. Matrix products with a multiple of `least` rows round each row alike.
@@ -85,7 +85,7 @@ def invariant_experts(
 
 @contextmanager
 def use_invariant_experts(target: PreTrainedModel, least: int) -> Iterator[None]:
-    """Let the target, and perhaps other threads, compute its experts by `invariant_experts` inside a `with` block."""
+    """Let the target, in all threads, compute its experts by `invariant_experts` inside a `with` block."""
     config, name = target.config.get_text_config(decoder=True), f"resps_invariant_{least}"
     ExpertsInterface.register(name, partial(invariant_experts, least=least))
     with lent.holding(Change(config, "_experts_implementation", lambda own: name)):
@@ -93,9 +93,9 @@ def use_invariant_experts(target: PreTrainedModel, least: int) -> Iterator[None]
 
 
 def has_invariant_experts(target: PreTrainedModel) -> bool:
-    """Whether `use_invariant_experts` reaches all experts of `target`; true without experts.
+    """Whether `use_invariant_experts` works for all experts of `target`; true without experts.
 
-    It does not reach experts that are quantized, spread over machines, or of a class with its own multiplication.
+    It does not work for experts that are quantized, spread over machines, or of a class with its own multiplication.
     """
     config = target.config.get_text_config(decoder=True)
     mixtures = (module for module in target.modules() if type(module).__name__.endswith(_ENDS_OF_NAMES))
@@ -126,7 +126,7 @@ def routed_layers(target: PreTrainedModel, least: int) -> Iterator[tuple[str, Ro
     """Yield names and parts of the target's mixtures of experts, whose kernels `RowClasses` tries.
 
     The parts are the products and the activation of one expert, each router that is no linear layer, and the whole
-    mixture, computed with products of `least` rows, which suit any machine.
+    mixture. The mixture is computed with products of `least` rows.
     """
     config = target.config.get_text_config(decoder=True)
     for prefix, block in target.named_modules():

@@ -25,7 +25,7 @@ class _FiniteSlotLayer(SlotLayer):
 
 
 class InvariantInputs(NamedTuple):
-    """The inputs of a forward over a tree or a part of a prompt. The tensors of a `BlockLayout` come next."""
+    """The first inputs of a forward over a tree or a part of a prompt; the tensors of a `BlockLayout` follow them."""
 
     tokens: Tensor  # [b, n]
     depths: Tensor  # [b, n], below the root
@@ -46,7 +46,7 @@ class PartInputs(NamedTuple):
 
 
 class InvariantForward(SlotForward):
-    """Computes each node from its own text alone. One thread at a time may hold `lock`."""
+    """Computes each node from its own text alone. `running` holds `lock`, so that one thread at a time is inside."""
 
     is_invariant = True
     sizes = ("bn", "bn", "b.", "bn.", "k", "s.", "bn", "r", "bg.", "bg.", "bg.", "bg", "lbn")
@@ -60,7 +60,7 @@ class InvariantForward(SlotForward):
         self.kind = f"invariant steps with experts of {least_rows} rows"
 
     def function(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Run over the tensors of `InvariantInputs`, a `BlockLayout` and the buffers."""
+        """Run the target over the tensors of `InvariantInputs`, of a `BlockLayout`, and the buffers."""
         ends = len(InvariantInputs._fields), len(InvariantInputs._fields) + len(BlockLayout._fields)
         inputs, layout = InvariantInputs(*tensors[: ends[0]]), BlockLayout(*tensors[slice(*ends)])
         return self._read(inputs, layout, tensors[ends[1] :], inputs.kept)
@@ -87,7 +87,7 @@ class PartForward(InvariantForward):
     is_captured = True
 
     def function(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Run over the tensors of `PartInputs` and the buffers."""
+        """Run the target over the tensors of `PartInputs` and the buffers."""
         part, buffers = PartInputs(*tensors[: len(PartInputs._fields)]), tensors[len(PartInputs._fields) :]
         root, asking = part.roots[:, :1].long(), part.tokens.shape[1]
         sizes = asking, len(part.blocks), len(part.levels)

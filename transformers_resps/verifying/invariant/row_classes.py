@@ -76,7 +76,7 @@ def keeps_rows(answer: Callable[[range], Tensor], starts: Sequence[int], count: 
 
 
 def kernel_settings() -> dict[str, Hashable]:
-    """Return settings, by name, that may select other kernels on a CPU; not autocast, which the mode refuses."""
+    """Return settings, by name, that may select other kernels on a CPU; not autocast: `admit` refuses it."""
     onednn: Any = torch.backends.mkldnn
     # `torch.get_float32_matmul_precision()` raises where backends have different precisions.
     precision = onednn.matmul.fp32_precision
@@ -143,7 +143,7 @@ class RowClasses:
 
     @torch.no_grad()
     def _rows_of(self, part: "_Part", settings: tuple[Hashable, ...], way: RowNeeds) -> int | None:
-        """Find the least rows that a part needs, or test the exact number in `way`; `None` if rows round unlike."""
+        """Find the least rows that a part needs, or test the exact number in `way`; `None` if no number serves."""
         kind = *settings, part.kind
         if kind in self._known:
             return self._known[kind]
@@ -182,7 +182,7 @@ class _Layer:
 
     @property
     def shows_order(self) -> bool:
-        """Whether results show in which order a layer sums; those of a new adapter, whose weights are 0, do not."""
+        """Whether results depend on the order in which the layer sums; false for a new adapter with weights of 0."""
         return self.weight is None or bool(self.weight.any())
 
     def least_rows(self) -> int | None:
@@ -208,7 +208,7 @@ class _Layer:
         return answer
 
     def _sample(self, size: int) -> Tensor:
-        """Draw rows `[size, inputs]`; of each row a linear layer computes one result near 0."""
+        """Draw rows `[size, inputs]` such that one result of a linear layer is near 0 for each row."""
         # Larger results, rounded to bfloat16, hardly show another order of their sum (one in 10,000, measured).
         sample = (_SCALE * _random(size, self.inputs)).to(self.device, self.dtype)
         if self.weight is None:

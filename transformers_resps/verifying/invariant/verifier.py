@@ -119,7 +119,7 @@ class InvariantSteps(VerifyingSteps):
             self.forward.stop_catching()  # code that is compiled with hooks would always run them
 
     def run(self, inputs: tuple[Tensor, ...], buffers: list[Tensor]) -> tuple[Tensor, Features]:
-        """Run over `InvariantInputs` and a `BlockLayout`; return logits `[b, k, v]` of k kept nodes, and features."""
+        """Run over `InvariantInputs` and a `BlockLayout`; return the kept nodes' logits `[b, k, v]`, and features."""
         return _run(self.forward, self._over_slots, self.engine, inputs, buffers)
 
     def verify(self, tree: DraftTree) -> tuple[Tensor, Features]:
@@ -136,11 +136,11 @@ class InvariantSteps(VerifyingSteps):
         return self.run((*inputs, *layout), texts.buffers.parts())
 
     def step(self, rows: int) -> int:
-        """Return the number that must divide the number of nodes of each of `rows` rows."""
+        """Return a divisor that each row's number of nodes must have in a forward of `rows` rows."""
         return self.needs.forward // gcd(self.needs.forward, rows)
 
     def count(self, nodes: int, rows: int, step: int | None = None) -> int:
-        """Round each row's number of nodes up to a multiple of `step`, by default the one that kernels need."""
+        """Round each row's number of nodes up to a multiple of `step`, by default that of the method `step`."""
         step = step or self.step(rows)
         if self.engine is None:
             return rounded_up(max(nodes, -(-self._fewest // rows)), step)
@@ -243,19 +243,19 @@ def doubled(count: int) -> int:
 
 
 def _tried(rows: int) -> tuple[int, ...]:
-    """Return lengths of the chains that check compiled code for `rows` rows; the longest are long as prompt chunks."""
+    """Return lengths of the chains that check compiled code for `rows` rows; the longest is that of a prompt chunk."""
     largest = _CHUNK // rows // 16 * 16
     return (*_TRIED, *((largest - 28, largest) if largest > _TRIED[-1] else ()))
 
 
 class TextReader:
-    """Reads prompts as chains by the steps that run trees, which may run compiled even if prompts do not."""
+    """Reads prompts as chains by `steps`. Trees may run compiled (`is_compiled`) even if prompts do not."""
 
     def __init__(self, steps: InvariantSteps, is_compiled: bool) -> None:
         self._steps, self._is_compiled = steps, is_compiled
 
     def read(self, tokens: Tensor, chunk_size: int | None) -> tuple[Tensor, list[Features]]:
-        """Read the end `[b, t]` of the prompt, in chunks of at most the size that kernels here can take."""
+        """Read the prompt's end `tokens` `[b, t]` in chunks of at most `chunk_size`, smaller if kernels need that."""
         steps, ends, rows = self._steps, self._steps.texts.rows, len(tokens)
         orders = [order.to(ends.device) for order in steps.texts.orders(ends.prompt_length)]
         tokens = tokens.to(ends.device)
@@ -283,7 +283,7 @@ class TextReader:
         return logits, {layer: prompt.padded(states) for layer, states in joined.items()}
 
     def read_chunk(self, prompt: "_PromptTexts", start: int, size: int, logits: list[Tensor]) -> dict[int, Tensor]:
-        """Read a chunk of each row; return its features, and set `logits[row]` `[1, v]` if a row ends in it."""
+        """Read a chunk of each row; return its features, and set `logits[row]` `[1, v]` for rows that end in it."""
         steps, rows = self._steps, len(prompt.counts)
         steps.check_code(rows, prompt.tokens[0])
         width = min(size, prompt.tokens.shape[1] - start)

@@ -77,7 +77,7 @@ class SlotBuffers:
         self._unread: ref[Cache] | None = None
 
     def lend(self, cache: Cache) -> None:
-        """Remember a cache that copies these buffers when first read, to fill it before they are overwritten."""
+        """Remember `cache`, which copies the buffers when first read, to fill it before they are overwritten."""
         self._unread = ref(cache)
 
     def _settle(self) -> None:
@@ -100,7 +100,7 @@ class SlotBuffers:
         return self._parts[row]
 
     def reserve(self, kinds: Sequence[Tensor], rows: int, size: int) -> None:
-        """Provide `rows` rows of at least `size` slots for parts like `kinds` (of any length); new ones hold zeros."""
+        """Provide `rows` rows of at least `size` slots for parts like `kinds` (of any length); new rows hold zeros."""
         self._settle()
         shapes = [(part.shape[1], part.shape[3], part.dtype, part.device) for part in kinds]
         known = [(room.shape[1], room.shape[3], room.dtype, room.device) for room in self._rooms]

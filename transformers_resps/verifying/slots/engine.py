@@ -76,7 +76,7 @@ class SlotEngine(CompileEngine[PreTrainedModel]):
         return forward(inputs, buffers) if outputs is None else outputs
 
     def _code_of(self, forward: SlotForward, inputs: Sequence[Tensor], row: int) -> Code:
-        """Return a forward's code; one row or a batch, each `row`, and each choice of layers have separate code."""
+        """Return a forward's code; one row and batches, each `row`, and each set of layers have separate code."""
         is_batch = len(inputs[0]) > 1
 
         def run(*tensors: Tensor) -> tuple[Tensor, ...]:

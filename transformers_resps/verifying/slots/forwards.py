@@ -91,7 +91,7 @@ class SlotForward:
         self.patterns = attention_patterns(target.config, cache)
 
     def function(self, *given: Tensor) -> tuple[Tensor, ...]:
-        """Run over `given`: `SlotInputs` or `PackedInputs`, then buffers; return logits, then hidden states."""
+        """Run the target over `given` (`SlotInputs` or `PackedInputs`, buffers); return logits, then hidden states."""
         count = len(self._inputs._fields)
         inputs, buffers = self._inputs(*given[:count]), given[count:]
         nodes = PackedNodes(inputs.packed, *inputs.tokens.shape) if isinstance(inputs, PackedInputs) else None
@@ -119,7 +119,7 @@ class SlotForward:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Give the target the attention that the function needs, inside a `with` block."""
+        """Let the target use the attention that the function needs, inside a `with` block."""
         with use_gqa_attention(self.target):
             yield
 
@@ -148,9 +148,9 @@ class HybridForward(SlotForward):
         super().__init__(target, cache, *args)
 
     def function(self, *given: Tensor) -> tuple[Tensor, ...]:
-        """Run over `given`: tensors of `SlotInputs`, recurrent states, buffers of keys and values.
+        """Run the target over `given`: tensors of `SlotInputs`, recurrent states, buffers of keys and values.
 
-        Return logits, features and new recurrent states.
+        Returns logits, hidden states, and the tensors for `StateKinds.advance`.
         """
         inputs, parts = SlotInputs(*given[: len(SlotInputs._fields)]), given[len(SlotInputs._fields) :]
         count = len(self.states.sizes)
@@ -224,7 +224,7 @@ def _run(
 ) -> Callable[..., tuple[Tensor, ...]]:
     """Make a function that runs the target over the first `size` slots of buffers, with a mask for each layer type.
 
-    It returns the `kept` nodes' logits, then the hidden states with indices `read`. Cache layers are `kind`s.
+    It returns the `kept` nodes' logits, then the hidden states with indices `read`. Cache layers are of class `kind`.
     """
     # `None` for a layer that gets buffers at each forward. A layer that uses another layer's keys needs no buffers.
     placeholders = [

@@ -61,7 +61,7 @@ class SlotTexts:
         return [end - hidden for end, hidden in zip(self.rows.ends, self._hidden, strict=True)]
 
     def orders(self, length: int) -> list[Tensor]:
-        """List for each row those of the first `length` positions that have slots, in the order of the slots."""
+        """List for each row which of the first `length` positions have slots, in the order of the slots."""
         if self._has_padding:
             return [torch.arange(length)] * len(self.rows)
         seen = self.rows.slots.unpadded(length, len(self.rows), torch.device("cpu"))
