@@ -19,13 +19,13 @@ from .packages import FOLDER_VARIABLE, packages_folder
 
 logger = logging.getLogger(f"transformers.{__name__}")
 
-# With 6, the process gets a fourth of a core beside two busy threads, and calls take 1.3 times as long; with 5, 1.4.
+# At 6 the process gets a fourth of a core beside two busy threads, and calls take 1.3 times as long; at 5, 1.4 times.
 _NICENESS = 6
 _RUN = f"import os; os.nice({_NICENESS}); from transformers_resps.tools.cli import main; raise SystemExit(main())"
 
 
 def _with_settings(script: str) -> str:
-    """Prepend this process's inductor settings to `script`: compiled code depends on them, torchao changes some."""
+    """Prepend this process's inductor settings to `script`: code depends on them, and torchao changes some of them."""
     changed = torch._inductor.config.codegen_config()
     return f"import torch._inductor.config\n{changed}\n{script}" if changed else script
 

@@ -22,7 +22,7 @@ class CapturedFunction:
     def __init__(self, function: Callable[..., Outputs]) -> None:
         self._function = function
         self._captured: dict[tuple[torch.Size, ...], tuple[torch.cuda.CUDAGraph, list[Tensor], Outputs]] = {}
-        self._addresses: list[int] = []  # of the buffers that the captured graphs use
+        self._addresses: list[int] = []  # addresses of the buffers that the captured graphs use
         # Graphs of one function share memory, since they never run at the same time.
         self._pool: torch.cuda._POOL_HANDLE | None = None
 

@@ -24,8 +24,8 @@ logger = logging.getLogger(f"transformers.{__name__}")
 
 # Inductor's settings. They are patched in, since options of `torch.compile` apply only after weights became constants.
 # Joining linear layers with the same input saves a twelfth of the time of SmolLM2's step; calling kernels from C++ on
-# CPUs saves a seventh (`cpp_wrapper` below). With the threshold, values that many layers read, such as cosines of
-# positions, are stored: by default every head of every layer computes them again.
+# CPUs saves a seventh (`cpp_wrapper` below). `realize_reads_threshold` makes code store values that many layers read,
+# such as cosines of positions: by default every head of every layer computes them again.
 _INDUCTOR = {"freezing": True, "cpp.enable_concat_linear": True, "realize_reads_threshold": 2}
 
 # Round after every operator, as eager code does. Fused operators do not round intermediate values, and which operators
@@ -48,7 +48,7 @@ class CompiledFunction:
 
     `function` maps tensors to tensors, without gradients and without branches on values. `dynamic` lists for each
     input the dimensions whose sizes may change, and `dynamic_buffers` lists them for all buffers; a size of 1 gets
-    separate code. `options` are arguments of `torch.compile`, instead of inductor with freezing. `packages`
+    separate code. `options` are arguments of `torch.compile` that replace inductor with freezing. `packages`
     store the code under `name` for later processes. With `is_invariant`, the result of a row must not depend on other
     rows, not even in its last bits. Every operator then rounds its result to low precision, like eager code. Packaged
     code rounds weights in bfloat16 to `bits` (8 or 4) if our kernels can read such weights.
@@ -184,7 +184,7 @@ class CompiledFunction:
         return tuple(all_sizes)
 
     def _setting(self, inputs: Sequence[Tensor], buffers: Sequence[Tensor]) -> str:
-        """Describe sizes, dtypes and PyTorch settings for packages, which work with inference mode on or off."""
+        """Describe the sizes, dtypes and PyTorch settings that a package needs; inference mode does not matter."""
         fixed = [[size for i, size in enumerate(part.shape) if i not in self._dynamic_buffers] for part in buffers]
         dtypes = [str(part.dtype) for part in (*inputs, *buffers)]
         _, *settings = callers_settings(inputs[0].device.type)
@@ -247,7 +247,7 @@ def _without_advice() -> Iterator[None]:
 
 
 def _dense(part: Tensor) -> Tensor:
-    """Return the tensor, copied unless its strides are contiguous: for others, even of size 1, PyTorch recompiles."""
+    """Return the tensor, copied unless all strides are contiguous, even for size 1: else PyTorch recompiles."""
     stride, expected = 1, list[int]()
     for size in reversed(part.shape):
         expected.insert(0, stride)
@@ -256,7 +256,7 @@ def _dense(part: Tensor) -> Tensor:
 
 
 def callers_settings(device_type: str) -> tuple[Hashable, ...]:
-    """Return PyTorch settings that change compiled code, which does not check them. As slow as a few operators."""
+    """Return PyTorch settings on which compiled code depends without checking. As slow as a few operators."""
     return (
         torch.is_inference_mode_enabled(),
         torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type),

@@ -39,9 +39,9 @@ class Code:
 
     function: Callable[..., Outputs]  # the eager function
     fast: CompiledFunction | CapturedFunction
-    compared: Callable[[Outputs], Tensor]  # picks the outputs on which both must agree
+    compared: Callable[[Outputs], Tensor]  # selects the outputs in which both functions must agree
     values: str  # the name of these values in a warning
-    dtype: torch.dtype  # of the weights
+    dtype: torch.dtype  # dtype of the weights
     tolerance: float | None = None  # allowed relative difference; `None`: what rounding in `dtype` explains
 
 
@@ -55,7 +55,7 @@ class CompileEngine(ABC, Generic[Owner]):
     def __init__(self, *, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
         self._codes: dict[Hashable, Code] = {}
-        self._fingerprint: WeightFingerprint | None = None  # of the weights for which code was compiled
+        self._fingerprint: WeightFingerprint | None = None  # fingerprint of the weights for which code was compiled
         self._packages: ModulePackages | None = None
         self._settings: Hashable | None = None  # `callers_settings` of this call, once they were read
         self._untaken_seconds = 0.0
@@ -80,7 +80,7 @@ class CompileEngine(ABC, Generic[Owner]):
 
     @contextmanager
     def borrow(self, owner: Owner, *, waits: bool = True) -> Iterator[Self | None]:
-        """Reserve the engine for a call; yield `None` if another call uses it. Drop its code if weights have changed.
+        """Reserve the engine for a call; yield `None` if another call uses it. Drop all code if weights have changed.
 
         If `waits` is false, the call uses only code that is ready, and never waits for a compiler.
         """
@@ -120,7 +120,7 @@ class CompileEngine(ABC, Generic[Owner]):
 
     @property
     def packages(self) -> ModulePackages:
-        """Stores and loads code of `module`, with its present weights, on disk, where all processes find it."""
+        """The store on disk of compiled code for `module` with its present weights; all processes share it."""
         self._fingerprint = self._fingerprint or self.fingerprint()
         if self._packages is None:
             self._packages = ModulePackages(lambda: self.module, self.name)
@@ -262,7 +262,7 @@ def is_of_this_mode(tensor: Tensor) -> bool:
     return tensor.is_inference() == torch.is_inference_mode_enabled()
 
 
-_SAMPLED = 4  # Values of each tensor in a fingerprint. Only they reveal a write through `.data`.
+_SAMPLED = 4  # Number of values of each tensor in a fingerprint. Only these reveal a write through `.data`.
 
 
 class WeightFingerprint:
@@ -294,7 +294,7 @@ def _mark(tensor: Tensor) -> tuple[object, ...]:
 
 @torch.no_grad()
 def _sampled(tensors: list[Tensor]) -> Tensor:
-    """Return the first values of the tensors in CPU memory, joined. Tensors on other devices are slow to copy."""
+    """Return the first values of all tensors in CPU memory, as one tensor. From other devices a copy would be slow."""
     rows: defaultdict[torch.dtype, list[Tensor]] = defaultdict(list)  # Each call of `generate` waits for this.
     for tensor in tensors:
         if tensor.device.type == "cpu" and tensor.numel():
@@ -303,6 +303,6 @@ def _sampled(tensors: list[Tensor]) -> Tensor:
 
 
 def _first_values(tensor: Tensor) -> Tensor:
-    if type(tensor) in (Tensor, nn.Parameter) and tensor.dim():  # Other classes may keep their values elsewhere.
+    if type(tensor) in (Tensor, nn.Parameter) and tensor.dim():  # Other classes may store values elsewhere.
         return tensor.as_strided((min(tensor.shape[-1], _SAMPLED),), (tensor.stride(-1),))
     return (tensor[(0,) * (tensor.dim() - 1)] if tensor.dim() else tensor[None])[:_SAMPLED]

@@ -21,12 +21,12 @@ from .kernels import reads_few_bits
 
 _GROUP = 64  # Inputs that share a scale when we round a weight to 4 bits.
 _OUTPUT_HEAD = 16384  # A layer with at least this many outputs is taken for an output head.
-_UNITS = 256  # Rows of the identity that are multiplied at the same time.
+_UNITS = 256  # Rows of the identity matrix that are multiplied at the same time.
 _LEAST_GROUP = 32  # A group has a multiple of this number of inputs, as an AMX tile has.
 
 
 class Codes(IntEnum):
-    """Kinds of codes, the integers stored for a weight; a kind says what each code means. As in `native.cpp`."""
+    """Kinds of codes: the integers stored for a weight, and what each code means. Numbered as in `native.cpp`."""
 
     INT8 = 0  # int8 codes; the number of code c is c + 0.5, whose sign and magnitude `native.cpp` looks up
     INT4 = 1  # uint8 codes from 0 to 15; the number of code c is c - 8
@@ -63,7 +63,7 @@ class FewBits:
     read: Callable[[], Parts]
 
     def named(self) -> dict[str, Tensor]:
-        """Call `read`; return codes, scales and offsets by the names of the buffers that `exposed` makes of them."""
+        """Call `read`; return codes, scales and offsets by the names of the buffers in which `exposed` puts them."""
         return {name: part for name, part in zip(_BUFFERS, self.read(), strict=True) if part is not None}
 
 
@@ -147,7 +147,7 @@ def _(weight: Tensor, groups: int) -> Tensor:
 
 
 def rounding(weight: Tensor, bits: int) -> tuple[Codes, *tuple[int, ...]]:
-    """Return to which kind of codes a bf16 weight is rounded if the user asks for `bits`, and for INT4 its groups.
+    """Return the kind of codes to which a bf16 weight is rounded for `bits`, and for INT4 its number of groups.
 
     With `bits` 4, output heads and layers whose inputs cannot be divided into groups are still rounded to 8 bits.
     """
@@ -239,7 +239,7 @@ def in_blocks(parts: Sequence[Tensor], *, is_gated: bool) -> Tensor:
 
 
 def few_bits(layer: nn.Module) -> FewBits | None:
-    """Return a layer's weight if it has 8 or 4 bits, else `None`. Only `FewBits.read` then reads its codes.
+    """Return a layer's weight if it has 8 or 4 bits, else `None`. Codes are read only when `FewBits.read` is called.
 
     Weights are recognised by the names of their classes, and only in layers that compute in bfloat16 on a CPU.
     """
@@ -251,7 +251,7 @@ def few_bits(layer: nn.Module) -> FewBits | None:
 
 def unread_weights(model: PreTrainedModel) -> list[str]:
     """Return class names of the model's quantized or sharded weights that compiled code cannot read on this CPU."""
-    is_served = reads_few_bits() and model.dtype is torch.bfloat16  # a cast changes the model, but few such weights
+    is_served = reads_few_bits() and model.dtype is torch.bfloat16  # a cast changes this dtype, but few such weights
     known = {id(layer.weight) for layer in model.modules() if is_served and few_bits(layer) is not None}
     odd = (weight for weight in model.parameters() if type(weight) is not nn.Parameter and id(weight) not in known)
     return sorted({type(weight).__name__ for weight in odd})
@@ -332,7 +332,7 @@ def _params_4bit(weight: Any) -> FewBits | None:
 
 
 def _takes_plain_inputs(weight: Any) -> bool:
-    """Whether a layer with this weight of torchao, of any release, neither rounds nor scales its input."""
+    """Whether a layer with this torchao weight, of any release, neither rounds nor scales its inputs."""
     return all(getattr(weight, name, None) is None for name in (*ROUNDING_MARKS, "act_pre_scale"))
 
 
@@ -349,7 +349,7 @@ _KNOWN: Mapping[str, Callable[[Any], FewBits | None]] = {  # by package and clas
 
 
 def named_weights(module: nn.Module) -> dict[str, Tensor]:
-    """Return a module's parameters and buffers by name, with those buffers that `exposed` puts in place of weights."""
+    """Return a module's parameters and buffers by name; buffers as in `exposed` replace weights of few bits."""
     made, read = dict[str, Tensor](), dict[str, FewBits]()
     for name, layer in module.named_modules(remove_duplicate=False):
         weight = few_bits(layer)

@@ -29,7 +29,7 @@ _MEMORY_IS_SHORT = (errno.ENOMEM, errno.EBUSY)  # Errors if the machine, or the 
 
 
 class Kernel:
-    """Reads Linux's memory state in `root`'s `proc` and `sys` (if missing, has no huge pages), and calls madvise."""
+    """Reads Linux's memory state from `proc` and `sys` in `root`, and calls madvise. Missing files: no huge pages."""
 
     def __init__(self, root: Path = Path("/")) -> None:
         self._process, self._settings = root / "proc", root / "sys/kernel/mm/transparent_hugepage"

@@ -77,8 +77,8 @@ class BlockModel(StepModel):
     def branching(self, slots: BlockSlots, root: Tensor, ranks: Tensor) -> Branching:
         """Return each level's candidates, and the function that scores them, for drafts below tokens `root` `[b]`.
 
-        `slots` come from `fill`. By default each level has its k likeliest tokens as candidates, scored alike below
-        all parents. `ranks` `[k]`, 0 or -inf, are added to the scores of a node's k likeliest children, best first.
+        `slots` come from `fill`. By default each level has its k likeliest tokens as candidates, whose scores do
+        not depend on the parent. `ranks` `[k]`, 0 or -inf, is added to the scores of a node's children, best first.
         """
         scores, best = slots.logits.log_softmax(-1).topk(ranks.shape[0], dim=-1)  # [b, D, k]
         scores = (scores + ranks)[:, :, None]

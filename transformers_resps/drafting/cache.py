@@ -1,4 +1,4 @@
-"""The KV cache of a draft model, and the object through which a forward pass writes to the cache and attends."""
+"""The KV cache of a draft model, and `Entries`, through which a forward pass writes to the cache and reads it."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ class Entries(ABC):
         """Store keys and values `[b, kv heads, t, hd]`; return all keys and values that the tokens may attend to."""
 
     def __call__(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Store t tokens' keys and values; return attention for `queries` `[b, heads, q, hd]` of the last q tokens."""
+        """Store t tokens' keys and values; attend with `queries` `[b, heads, q, hd]` of the last q tokens."""
         mask = None if self.mask is None else self.mask[:, :, -queries.shape[2] :]
         return attend(queries, *self.update(keys, values, layer), mask)
 
@@ -57,7 +57,7 @@ class DraftCache:
     costs nothing. Buffers start as zeros, because attention also reads masked slots.
 
     `buffers` `[b, kv heads, tree_room + capacity, hd]` are keys and values of each layer in turn; `tree_room` slots
-    are negative. Layers without buffers get them at their first write. Masks are on their device, else on `device`.
+    are negative. A missing layer gets buffers at its first write. Masks are on the buffers' device, else on `device`.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class DraftCache:
 
     @property
     def buffers(self) -> tuple[Tensor, ...]:
-        """Keys and values of each layer in turn, for all layers that have written."""
+        """Keys and values of each layer in turn; layers that have stored none yet are left out."""
         return tuple(part for _, pair in sorted(self._layers.items()) for part in pair)
 
     def reserve(self, length: int, tree: int = 0) -> None:
@@ -118,7 +118,7 @@ class DraftCache:
         return self._true.expand(1, length)
 
     def of_layer(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Return a layer's buffers; make them, like `keys` and `values`, if missing. Slot i is at `tree_room + i`."""
+        """Return a layer's buffers; if missing, make them for `keys` and `values`. Slot i is at `tree_room + i`."""
         if layer not in self._layers:
             slots = self.tree_room + self.capacity
             made = [part.new_zeros(*part.shape[:2], slots, part.shape[3]) for part in (keys, values)]
@@ -134,7 +134,7 @@ class DraftCache:
 
 
 class _CacheEntries(Entries):
-    """The `Entries` of a `DraftCache`, see `attend`. Makes the mask once, for the first layer that needs it."""
+    """The `Entries` that `DraftCache.attend` returns. They make the mask once, for the first layer that needs it."""
 
     def __init__(
         self,

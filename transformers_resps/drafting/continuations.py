@@ -1,7 +1,7 @@
 """Build a tree of likely next tokens from places where texts contain the present text's last tokens.
 
 As in SuffixDecoding (arXiv 2411.04975, section 4), the likeliest node is added first. The "odds" of a token are the
-probability that it is right: the rate of earlier tokens with a similar match length and a similar share of places.
+probability that it is right, estimated from earlier tokens with similar match lengths and similar shares of places.
 """
 
 from array import array
@@ -26,8 +26,8 @@ _LENGTHS = (1, 2, 3, 4, 6, 9, 14)  # The shortest match length in each class of 
 _ONCE = (0.3, 0.35, 0.4, 0.45, 0.55, 0.8, 0.85)  # for each class: of a token that followed at the only place;
 _ALWAYS = (0.7, 0.7, 0.7, 0.75, 0.8, 0.9, 0.95)  # for each class: of a token that followed at all of several places;
 _SHARES, _PARTLY = (0.125, 0.25, 0.5), (0.04, 0.1, 0.18, 0.3)  # of a token that followed at a share of the places;
-_ODDS, _OPPOSED = (0.1, 0.2, 0.4, 0.7, 0.9), (0.01, 0.03, 0.06, 0.2, 0.4, 0.7)  # by odds, if a drafter disagrees.
-_SUM = -1  # Index of the class in a record for the sum of a tree's odds: its rate is the share that texts kept.
+_ODDS, _OPPOSED = (0.1, 0.2, 0.4, 0.7, 0.9), (0.01, 0.03, 0.06, 0.2, 0.4, 0.7)  # by odds, if a drafter opposes it.
+_SUM = -1  # Index of a record's class for whole trees: its rate is the number of right nodes over the sum of odds.
 _NOWHERE = -2  # Index of a node that the other drafter did not propose.
 _PRIOR_WEIGHT = 4.0  # Number of outcomes that an assumed rate counts for.
 _MEMORY = 0.98  # Factor on the weight of all earlier outcomes when an outcome is recorded.
@@ -89,7 +89,7 @@ Place = tuple["array[int]", int, int]
 class _Occurrences:
     """Places in one corpus where the text's last tokens occur, all followed by the same `depth` tokens.
 
-    `odds` is the probability that the last of these, of class `index`, is right. `length` counts all shared tokens.
+    `length` counts all shared tokens. `odds` is the probability that the last token, whose class is `index`, is right.
     """
 
     __slots__ = ("_class", "_depth", "_followers", "_length", "_places", "corpus", "odds")
@@ -101,7 +101,7 @@ class _Occurrences:
 
     @property
     def opposed_class(self) -> int:
-        """Class, in the corpus's record, of the last token if another drafter proposes only others in its place."""
+        """Class in the corpus's record for the last token, if another drafter proposes only other tokens here."""
         return bisect_right(_ODDS, self.odds) - len(_OPPOSED) + _SUM
 
     def followers(self) -> "dict[int, _Occurrences]":
@@ -158,13 +158,13 @@ class Continuations:
         self._never_drafted, self._branches = never_drafted, branches
         context = text.context
         self._matches = [match for corpus in corpora for match in _matches(corpus, context)]
-        # Of several corpora the highest odds count, so all together promise too much: scale by what texts kept of them
+        # A token found in several corpora gets its highest odds, so their sum is too high: scale it by `_SUM`'s rate
         self._sums = corpora[-1].record if len(corpora) > 1 else None
         self._share = 1.0 if self._sums is None else min(max(self._sums.rate(_SUM), _LEAST_ODDS), 1.0)
         self._ends = len(text) > 0 and text.tokens[-1] in never_drafted
         self._heap: list[tuple[float, int, int, int, int, list[_Occurrences]]] | None = None
         self._pushed = 0
-        self._found = list[list[_Occurrences]]()  # the places of each node
+        self._found = list[list[_Occurrences]]()  # for each node, the places where it follows
         self._drafted: dict[int, dict[int, int]] = {}  # the other drafter's node -> its children's tokens -> nodes
         # For each node, 0 if another drafter proposed it, too, else its probability given that drafter's proposals.
         self.odds_beside: list[float] | None = None  # `None` before `weigh_beside`
@@ -238,13 +238,13 @@ class Continuations:
         return Branches(self.tokens[:count], self.parents[:count], probs, self.proposers[:count])
 
     def judge(self, tokens: Sequence[int]) -> None:
-        """Record which continuations found here were right, also unused ones; `tokens` then followed the text."""
+        """Record which continuations of the text were right, also ones that no step used, given the next `tokens`."""
         matches = self._matches
         for token in tokens:
             matches = [below for match in matches for below in match.judge(token)]
 
     def judge_sum(self, tokens: Sequence[int]) -> None:
-        """Record how many of the tree's nodes were right, and the sum of all odds; `tokens` then followed the text."""
+        """Record how many of the tree's nodes were right, and the sum of all odds, given the next `tokens`."""
         if self._sums is None or not self.tokens or not tokens:
             return
         path, promised = followed(self.tokens, self.parents, tokens, -1), 0.0
@@ -257,7 +257,7 @@ class Continuations:
         self._sums.add(_SUM, len(path), promised)
 
     def judge_beside(self, tokens: Sequence[int]) -> None:
-        """Record which nodes missing from the other drafter of `weigh_beside` were right, given the next `tokens`."""
+        """Record which nodes opposed by the other drafter (see `weigh_beside`) were right, given the next `tokens`."""
         matches, twin = self._matches, -1
         for token in tokens:
             drafted = self._drafted.get(twin)

@@ -143,7 +143,7 @@ def _scores(outputs: Any) -> Tensor:
 def _example(
     one: DraftPass[Given, Found], inputs: Sequence[Tensor], buffers: Sequence[Tensor]
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Return example inputs and buffers whose sizes all differ: the compiler takes equal sizes for always equal."""
+    """Return example inputs and buffers whose sizes all differ: the compiler assumes that equal sizes stay equal."""
     sizes = _EXAMPLE_SIZES | {"b": min(len(inputs[0]), 2)}
     made = []
     for part, letters in zip(inputs, one.sizes, strict=True):

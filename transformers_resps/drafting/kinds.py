@@ -27,10 +27,10 @@ class DrafterKind:
     source: Reference  # its `DraftSource` class
     saved_as: str = ""  # `model_type` in the config.json that we write; empty if Transformers writes it
     marks: tuple[str, ...] = ()  # parts of the `model_type` or class name in other publishers' config.json
-    # Decides from a checkpoint's tensors, by their `bare_names`, if it is of this kind; `None` if config.json decides.
+    # Whether a checkpoint is of this kind, given its tensors by their `bare_names`; `None` if config.json decides.
     is_in: Callable[[Mapping[str, Any]], bool] | None = None
     loaded_as: tuple[str, ...] = ()  # `model_type`s of Transformers' models that draft as this kind
-    new: str | None = None  # the trainer's option for an untrained drafter; `None` if this kind cannot be trained
+    new: str | None = None  # value of the trainer's `new_head` for this kind; `None` if it cannot be trained
     objective: Reference | None = None  # its training objective, an `Objective`
     # Runs a drafter over whole texts for diagnosis; its positional arguments are those of `heads.unrolled.unroll`.
     unroll: Reference | None = None
@@ -49,7 +49,7 @@ _OF_BLOCKS = ("prefix_gru.", "logit_head.prefix_gru.", "markov_head.", "candidat
 
 
 def bare_names(tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `tensors` with publishers' prefixes cut from the names, and without what config or target provides."""
+    """Return `tensors` without prefixes of their names, and without tensors that the config or target provides."""
     found = {}
     for name, tensor in tensors.items():
         while name.startswith(_PREFIXES):

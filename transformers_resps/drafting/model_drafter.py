@@ -1,4 +1,4 @@
-"""The drafter of one call that runs a draft model, level by level or block by block."""
+"""The drafter that runs a draft model in one call: level by level, or once over a block of all levels."""
 
 from collections.abc import Sequence
 from typing import Any

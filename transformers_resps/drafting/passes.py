@@ -119,7 +119,7 @@ def one_later(states: Tensor, where: int | Tensor) -> Tensor:
     """Return for each of t tokens the state of the token before it, `[b, t, h]`.
 
     `states` `[b, 1 + t, h]` begins with the state before the first token. Rows with fewer tokens repeat some, in the
-    same slots `where`; there the token before is found as the token whose slot is lower by 1.
+    same slots `where`; then the token before a token is the one whose slot is lower by 1.
     """
     if not isinstance(where, Tensor):
         return states[:, :-1]
@@ -212,13 +212,13 @@ Grown = TypeVar("Grown", bound=NamedTuple)
 
 
 class FirstPass(DraftPass[First, tuple[Root, Grown]]):
-    """Runs the model over the newest tokens, and drafts those levels that need no further pass."""
+    """Runs the model over the newest tokens, and drafts the levels that need no further pass."""
 
     sizes: ClassVar[Sequence[str]] = ("bt*", "bt", "bt", "bt", "bs")
 
     @abstractmethod
     def edges(self, shape: TreeShape, rows: int, fewest: int = 0) -> list[Tensor]:
-        """Return the `edges` to pass to `below`. Their sizes, at least `fewest`, say how many nodes to draft."""
+        """Return the tensors `edges` for `below`. Their sizes, at least `fewest`, set how many nodes are drafted."""
 
     @abstractmethod
     def below(self, root: Root, text: Prefix, shape: TreeShape | None, *edges: Tensor) -> Grown:

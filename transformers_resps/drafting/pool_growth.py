@@ -21,7 +21,7 @@ class Root(NamedTuple):
     tokens: Tensor  # [b] the newest tokens
     output: Tensor  # [b, 1, h] output of depth 0
     hidden: Tensor | None = None  # [b, 1, h] hidden states paired with the tokens; `None` if the model reads none
-    carried: tuple[Tensor, ...] = ()  # for each depth, the state [b, 1, h] that the next reads; empty for one depth
+    carried: tuple[Tensor, ...] = ()  # for each depth, its state [b, 1, h] for the next depth; empty for one depth
 
     def of_rows(self, rows: Tensor) -> "Root":
         tokens, output, *carried = (part.index_select(0, rows) for part in (*self[:2], *self.carried))
@@ -89,8 +89,8 @@ def branch(
 ) -> Growth:
     """Draft k children of each of w nodes of a frontier, and choose the k best of all children to get children next.
 
-    `output` `[b, w, h]` is that of the model's depth number `depth` at these nodes, `hidden` `[b, w, h]` the state to
-    pair with each node's children. `itself` `[b or 1, k, k]` is an identity matrix: in their own level, the k chosen
+    `output` `[b, w, h]` has the outputs of the model's depth number `depth` at these nodes, `hidden` `[b, w, h]` the
+    states to pair with their children. `itself` `[b or 1, k, k]` is an identity matrix: in their level, the k chosen
     children attend only to themselves.
     """
     top_k = itself.shape[2]

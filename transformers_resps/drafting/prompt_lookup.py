@@ -33,7 +33,7 @@ class Lookup:
     """Proposes continuations of one text, and records how often they are right, even if no step uses them.
 
     Searches this text, and those of `memories`, for the text's last tokens. Never proposes the tokens `never_drafted`,
-    such as placeholders of an image, nor what follows them. Without `branches` the continuations are a chain.
+    such as placeholders of an image, nor tokens after them. Without `branches` the continuations are a chain.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class Lookup:
 
     @property
     def odds(self) -> list[float]:
-        """Descending probabilities of the best nodes; after `weigh_beside` without nodes that both drafters have."""
+        """Falling probabilities of the best nodes; after `weigh_beside`, only of nodes that lookup alone proposes."""
         beside = self.found.odds_beside
         if beside is not None:
             return sorted(filter(None, beside), reverse=True)

@@ -169,10 +169,10 @@ class TrainableSource(LevelSource):
 
     @abstractmethod
     def load_checkpoint(self, folder: str, target: PreTrainedModel) -> None:
-        """Load weights that `save_pretrained` wrote; raise a `ValueError` if their sizes or settings are not ours."""
+        """Load weights that `save_pretrained` wrote; raise a `ValueError` if sizes or settings differ."""
 
     def whole(self, target: PreTrainedModel) -> Self:
-        """Return `self` or, if it omits some weights of its files, a new source that has all of them."""
+        """Return `self` or, if it omits some weights of its files, a new source with all weights."""
         return self
 
     @abstractmethod

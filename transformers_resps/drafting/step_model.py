@@ -41,8 +41,8 @@ class StepModel(ABC):
     sliding_window: int | None = None  # number of newest positions that it attends to, padding included; `None`: all
     is_compilable: bool = False  # whether its passes may run as compiled or captured code
     proposable_tokens: int  # number of different tokens that it can propose after a node
-    device: torch.device  # of its inputs
-    dtype: torch.dtype  # of its hidden states
+    device: torch.device  # device of its inputs
+    dtype: torch.dtype  # dtype of its hidden states
 
     @property
     def most_levels(self) -> int | None:
@@ -58,7 +58,7 @@ class StepModel(ABC):
     def run(
         self, depth: int, tokens: Tensor, hidden: Tensor | None, places: Places, entries: Entries, wanted: Wanted = ALL
     ) -> Tensor:
-        """Run depth number `depth` over tokens `[b, t]`; return the outputs `[b, q, h]` at the `wanted` ones.
+        """Run depth number `depth` over tokens `[b, t]`; return the outputs `[b, q, h]` at the `wanted` tokens.
 
         `hidden` `[b, t, h]` is the hidden state paired with each token, `None` if the model reads none. `places` are
         the results of `self.places` for the tokens' positions. `entries` stores the tokens' keys and values, and

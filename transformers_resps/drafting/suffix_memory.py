@@ -225,7 +225,7 @@ class SuffixMemory(DraftSource):
     def save(self, path: str | os.PathLike[str], tokenizer: PreTrainedTokenizerBase) -> None:
         """Write all texts to one file that only its owner can read. It replaces an existing file atomically.
 
-        `tokenizer` is that of the texts; `load` must be called with the same one. Raises an `OSError` if the file
+        `tokenizer` is the tokenizer of the texts; pass the same one to `load`. Raises an `OSError` if the file
         cannot be written; an existing file is then unchanged.
         """
         segments, path = self._segments, Path(path)
@@ -251,7 +251,7 @@ class SuffixMemory(DraftSource):
     def load(cls, path: str | os.PathLike[str], tokenizer: PreTrainedTokenizerBase) -> Self:
         """Load a memory that `save` wrote.
 
-        Raises a `FileNotFoundError` without the file, a `ValueError` if it is no saved memory, is damaged, or was
+        Raises a `FileNotFoundError` if the file is missing; a `ValueError` if it is no saved memory, damaged, or
         written with another tokenizer.
         """
         told = _told(path)

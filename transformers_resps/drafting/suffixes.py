@@ -105,7 +105,7 @@ class Suffixes:
         return bisect_left(self.order, wanted, first, last, key=self.before)
 
     def search(self, context: bytes) -> "Search":
-        """Return a search for earlier occurrences of a context's newest tokens, given as in `before`."""
+        """Return a search for the newest tokens of `context`, which has the form that `before` returns."""
         newest = self._newest
         place = newest[1] if newest is not None and newest[0] is context else self.find(context)
         return Search(self, context, place)
@@ -116,7 +116,7 @@ class Suffixes:
 
 
 class Search:
-    """Finds where a context's newest tokens occur in an index. `longest` is the most tokens that occur together."""
+    """Finds where a context's newest tokens occur in an index. `longest` is the length of the longest match."""
 
     __slots__ = ("_context", "_first", "_last", "_text", "longest")
 

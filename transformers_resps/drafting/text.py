@@ -130,7 +130,7 @@ class Pairs(NamedTuple):
     tokens: Tensor  # [b, t]; a row with fewer than t tokens repeats some of them
     features: Tensor | None  # [b, t, F]; `None` if the model reads none
     where: int | Tensor  # the slot of the first token in all rows, or the slots of each row, [b or 1, t]
-    positions: Positions  # of the tokens
+    positions: Positions  # positions of the tokens
 
     @property
     def slots(self) -> Tensor:

@@ -102,7 +102,7 @@ class BenchConfig:
 
     @property
     def chosen(self) -> list[str]:
-        """The names of the methods to compare: `methods`, or if that is `None` all, but "eagle" only with a head."""
+        """Names of the methods to compare: `methods` or, if `None`, all methods ("eagle" only if there is a head)."""
         possible = [name for name in self.choices if self.head is not None or name != EAGLE]
         return possible if self.methods is None else list(self.methods)
 
@@ -122,7 +122,7 @@ def read_options(args: argparse.Namespace, config_type: type[Config]) -> Config:
 
 
 def bench(config: BenchConfig, load: float | None = None, *, as_json: bool = False, plots: bool = False) -> int:
-    """Run the benchmark; return 1 if an answer differs from plain decoding beyond rounding, 130 after Ctrl-C, or 0."""
+    """Run the benchmark; return 130 after Ctrl-C, 1 if an answer differs from plain decoding beyond rounding, or 0."""
     models = BenchModels.load(config)
     dialogues = [one for rows in read_datasets(config) for one in spread(rows, config.limit)]
     models.check_unseen(dialogues)
@@ -251,7 +251,7 @@ def methods_of(
 ) -> list[Method]:
     """Return the decoding methods that `config` asks for, in the order of the table.
 
-    `others`, methods of the caller, come before the trees of `config`, and its `trees` after them. With `compiles`,
+    The caller's methods `others` come before the trees of `config`, and the caller's `trees` after. With `compiles`,
     each method of this package is also listed with compiled steps.
     """
     modes: list[Callable[[Generate], Generate]] = [lambda method: method]

@@ -17,7 +17,7 @@ _PAYS_BELOW = 1.6  # drafting can save time if verifying a tree costs less than 
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure or load the cost table of a target and head, and print it, and whether drafting can save time."""
+    """Measure or load the cost table of a target and head; print it, and say whether drafting can save time."""
     target = load_target(args.target, args.dtype, args.device, packed=args.pack, quantization=args.quantization)
     table = calibrate(target, load_source(args.head, target), invariant=args.invariant, refresh=args.refresh)
     if args.json:
@@ -81,7 +81,7 @@ def what_must_be_accepted(table: CostTable) -> str:
 
 
 def _contradiction(table: CostTable) -> float:
-    """Return the largest ratio of a forward's seconds to those of one with at least as much work; above 1 is noise."""
+    """Return the largest ratio of one forward's seconds to another's with as much work or more; above 1 is noise."""
     cells = [(context, nodes, taken) for context, row in table.verify.items() for nodes, taken in row.items()]
     cells += [(context, 1, taken) for context, taken in table.plain.items()]
     return max(

@@ -207,7 +207,7 @@ def model(text: str) -> str:
 
 def temperature(text: str) -> float:
     """Parse a finite number of at least 0."""
-    value = float(text)  # argparse names a text that is no number
+    value = float(text)  # if `text` is no number, argparse reports it
     if not 0.0 <= value < math.inf:
         raise argparse.ArgumentTypeError(
             f"{text!r} is no temperature. Write 0 for greedy decoding, or a number above 0."

@@ -12,7 +12,7 @@ _SURE = 3.0  # standard errors; a larger difference is sure. With two, the best 
 _MIN_GAIN = 0.01  # accepted tokens per chain; a smaller gain is not worth other settings
 _MIN_NATS = 0.02  # nats per chain; a smaller gain is not worth other settings
 _HOPELESS = 5.0  # standard errors; an interpretation that is worse by more than this is dropped
-_MUCH = 0.05  # no verdict while another interpretation might accept this share of a step's tokens more
+_MUCH = 0.05  # no verdict while another interpretation might gain more than this share of a step's tokens
 _FEW_ANSWERS = 10  # fewer answers give no verdict
 _DROPPING_ANSWERS = 8  # with fewer answers no interpretation is dropped
 _SETTLING_ANSWERS = 20  # fewer answers do not end the diagnosis, since chance often decides
@@ -55,8 +55,8 @@ class ReadingScore:
 class Diagnosis:
     """The scores of all interpretations of a checkpoint ("readings"), and which one is best.
 
-    Under a better interpretation the target accepts significantly more tokens, or as many while the head finds the
-    target's tokens likelier. Likelihood shows a wrong RoPE base before it costs many tokens.
+    An interpretation is better if the target accepts significantly more tokens, or about as many and the head finds
+    the target's tokens likelier. Likelihood shows a wrong RoPE base before it costs many tokens.
     """
 
     scores: tuple[ReadingScore, ...]  # the configured interpretation is first
@@ -131,7 +131,7 @@ class Diagnosis:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in changes.items()}
 
     def gain(self, score: ReadingScore, over: ReadingScore | None = None) -> tuple[float, float]:
-        """Return by how many tokens per position `score` beats `over` (`None`: the configured one), and the error."""
+        """Return how many more tokens per position `score` has than `over` (default: configured), and the error."""
         return self._mean_difference("kept", score, over or self.configured)
 
     def _mean_difference(self, field: str, score: ReadingScore, other: ReadingScore) -> tuple[float, float]:

@@ -40,7 +40,7 @@ from .loading import load_target, questions_in, read_conversations, up_to
 
 _LOOK_ANSWERS, _LOOK_TOKENS = 8, 48  # the first verdict uses up to 8 answers of 48 tokens
 _ROUND = 10  # answers between two verdicts
-_SECONDS = 45.0  # time limit of reading answers without `--thorough`; loading models comes on top
+_SECONDS = 45.0  # time limit for scoring answers without `--thorough`; the time to load models does not count
 _LONG_TOKENS = 256  # tokens per answer with `--thorough`
 
 DEPTHS = 4  # maximum number of depths to score
@@ -136,7 +136,7 @@ class Probe:
                         self._add(batch, tap)
 
     def _add(self, batch: "_ScoredTexts", tap: FeatureTap) -> None:
-        """Run the target over a batch, and score the interpretations of the head whose features `tap` records."""
+        """Run the target over a batch, and score the head's interpretations that read the features `tap` records."""
         tokens = batch.tokens.to(self._target.device)
         given = {}
         if batch.shown is not None:
@@ -240,7 +240,7 @@ def refined(
     """Diagnose `head` on a few short answers from `source`, then on more and longer ones; yield each diagnosis.
 
     After the first, interpretations of the checkpoint that score far worse are dropped. If later answers are longer,
-    the first answers are discarded. Ends when the result is settled, after `count` answers, or after `seconds`.
+    the first answers are discarded. Stops when the result is settled, after `count` answers, or after `seconds`.
     """
     probe, found, deadline = Probe(target, head, has_images=has_images), None, clock() + seconds
     start, end, most, is_look = 0, min(count, _LOOK_ANSWERS), min(max_new_tokens, _LOOK_TOKENS), True
@@ -336,7 +336,7 @@ def told(diagnosis: Diagnosis) -> dict[str, Any]:
 
 
 def source_of(target: PreTrainedModel, answers: list[LabelledText], prompts: list[Tensor], bar: Any) -> Source:
-    """Return a source of `answers` or, if empty, of what `target` answers to `prompts`; it moves a progress `bar`."""
+    """Return a source of `answers` or, if empty, of the target's new answers to `prompts`; the source moves `bar`."""
     place = 0
 
     def source(first: int, end: int, most: int) -> list[LabelledText]:
@@ -396,7 +396,7 @@ def about_images(
 
 
 def first_answer(example: Example, max_new_tokens: int, processor: ProcessorMixin | None = None) -> LabelledText:
-    """Return an example up to `max_new_tokens` of its first answer; `processor` makes the inputs for its images."""
+    """Cut an example after `max_new_tokens` tokens of its first answer; `processor` makes inputs for its images."""
     start = int(example.loss_mask.int().argmax())
     end = start + min(int(example.loss_mask[start:].int().cumprod(0).sum()), max_new_tokens)
     shown = None if example.pictures is None else example.pictures.before(start)

@@ -100,7 +100,7 @@ class StepRecorder(PolicyWrapper):
 
 @dataclass(frozen=True, slots=True)
 class Examination:
-    """The plain and the speculative answer to one prompt, and the steps of the speculative one."""
+    """The plain and the speculative answer to one prompt, and the steps of the speculative answer."""
 
     prompt_ids: Tensor  # [s]
     plain_ids: Tensor  # [t]

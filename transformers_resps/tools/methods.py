@@ -33,7 +33,7 @@ class Answer(NamedTuple):
     token_ids: list[int]
     report: SpeculationReport | None = None  # report of `generate` with a policy
     target_forwards: int | None = None  # counted by a library that runs its own layers
-    prefill_seconds: float = 0.0  # until the first token; known for such a library and for `generate` with a policy
+    prefill_seconds: float = 0.0  # until the first token, if such a library or the report has them
 
 
 @dataclass(frozen=True)

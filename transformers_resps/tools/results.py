@@ -70,7 +70,7 @@ class AnswerTiming:
     seconds: float
     turn: int = 1  # number of the turn in the conversation
     temperature: float = 0.0
-    prefill_seconds: float = 0.0  # until the first token, or if unknown until the target's second forward
+    prefill_seconds: float = 0.0  # until the first token or, if unknown, until the target's second forward
 
     @property
     def cell(self) -> Cell:
@@ -201,10 +201,10 @@ def _rows(timings: Sequence[AnswerTiming], names: Sequence[str]) -> list[dict[st
 
 
 def plain_spread(timings: Iterable[AnswerTiming]) -> float | None:
-    """Measure noise: the interquartile range of plain decoding's rates over their median; `None` for fewer than four.
+    """Return the interquartile range of plain decoding's rates over their median; `None` for fewer than four rates.
 
-    The prefill does not count. Each rate is divided by the mean over the repeats of the same text, so that different
-    prompts do not look like noise. Incomplete repeats, and answers of fewer than eight tokens, are ignored.
+    It measures noise, so each rate is divided by the mean over the repeats of the same text: prompts may differ.
+    Prefills, incomplete repeats and answers of fewer than eight tokens are ignored.
     """
     told = [m for m in timings if m.method == PLAIN and m.tokens >= _MIN_TOKENS]
     texts = grouped(told, lambda m: (m.prompt, m.turn, m.temperature))
@@ -243,13 +243,13 @@ class Standing:
     """Speed of one method relative to plain decoding and to the fastest method."""
 
     name: str
-    effort: int  # how much work it is for a user to set up this method; a rank
+    effort: int  # rank of the work to set up this method
     to_plain: Interval  # rate over the rate of plain decoding
     to_fastest: Interval  # rate over the rate of the fastest method
 
 
 def advice_of(efforts: Mapping[str, int], timings: Sequence[AnswerTiming], verify_cost: float) -> str:
-    """Advise which method of `efforts` to use; `verify_cost`: cost of verifying `NAMED_NODES` nodes in plain steps."""
+    """Advise which method of `efforts` to use; `verify_cost`: plain steps that verifying `NAMED_NODES` nodes costs."""
     others = [name for name in efforts if name != PLAIN]
     if not timings:
         return advise([], verify_cost, 0)

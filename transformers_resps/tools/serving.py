@@ -46,7 +46,7 @@ _DEFAULT_NEW_TOKENS = 1024  # for requests without a limit, as in Transformers' 
 _SHUTDOWN_SECONDS = 60.0  # at shutdown, how long to wait for the running step
 _MOST_MEMORIES = 64  # each holds up to a million tokens, of 12 bytes each
 _NO_KEY = (None, b"", b"Bearer", b"Bearer none")  # clients without a key send "Bearer none"
-_CLIENT_LEFT = 499  # nginx's HTTP status for this; only logs show it
+_CLIENT_LEFT = 499  # nginx's HTTP status for a disconnected client; only logs show it
 _BAD_REQUEST = (LookupError, TypeError, ValueError, AttributeError, TemplateError)
 _FAILURES = (*_BAD_REQUEST, RuntimeError, OSError, ImportError)
 
@@ -69,7 +69,7 @@ class Exchange:
     plain_reason: str | None = None  # why the request was decoded plainly
     error: str | None = None  # message of an error in `generate`
     status: int = 200  # HTTP status: 400 for a request that cannot be answered, 500 for a fault of the server
-    prompt_tokens: int = 0  # of a request that was answered
+    prompt_tokens: int = 0  # of an answered request; 0 before the answer
     emitted_tokens: int = 0
 
     @property
@@ -125,7 +125,7 @@ class _Watch(StoppingCriteria):
         self.has_tokens = False
 
     def start(self) -> None:
-        """Prepare for a call of `generate`, which puts the prompt before new tokens."""
+        """Prepare for a call of `generate`, which passes the prompt to `put` before new tokens."""
         self._expects_prompt = True
         self.check()
 
@@ -142,7 +142,7 @@ class _Watch(StoppingCriteria):
         is_prompt, self._expects_prompt = self._expects_prompt, False
         if not is_prompt:
             self.has_tokens = True
-        elif self._has_prompt:  # an earlier call of `generate` put the prompt and then raised
+        elif self._has_prompt:  # an earlier call of `generate` passed the prompt and then raised
             return
         self._has_prompt = True
         if self._streamer is not None:
@@ -166,7 +166,7 @@ class RequestModel:
         return getattr(self._model, name)
 
     def generate(self, *, streamer: Any = None, **arguments: Any) -> Tensor:
-        """Return prompt and answer `[1, s + t]`; if trees cannot be used, decode plainly or, if invariant, raise."""
+        """Return prompt and answer `[1, s + t]`; if trees cannot be used, decode plainly or, in exact mode, raise."""
         exchange, watch = self._exchange, _Watch(streamer, self._exchange.over)
         try:
             watch.check()
@@ -221,8 +221,8 @@ class RequestModel:
 class OneAtATime(utils.GenerateManager):
     """Runs the requests to all models one by one in one thread, since they share the random generator and cores.
 
-    If it `remembers`, it stores earlier texts for drafting, apart for each API key and model, so that no caller drafts
-    from others' texts. It keeps the most recently used of these memories. Requests without a key have no memory.
+    If it `remembers`, it stores texts for later drafts in a memory for each API key and model, so that no caller
+    drafts from others' texts. The most recently used memories are kept. Requests without a key have no memory.
     """
 
     def __init__(self, *, remembers: bool) -> None:
@@ -299,7 +299,7 @@ class AttachedModels(model_manager.ModelManager):
         super().__init__(model_timeout=-1)  # never unloaded
         self.names = list(served or heads)
         folders = Counter(PurePath(target).name for target in heads)
-        # What a request may call a target: its folder, if no other has that name, its own name, and the served one
+        # A request may name a target by its folder's name, if unique, by its own name, or by its served name
         self._targets = {folder: target for target in heads if folders[folder := PurePath(target).name] == 1}
         self._targets |= dict(zip(heads, heads, strict=True)) | dict(zip(self.names, heads, strict=True))
         self._served = {self.process_model_name(target): (target, head) for target, head in heads.items()}

@@ -61,7 +61,7 @@ class ArtefactTrainer(Trainer):
         raise NotImplementedError
 
     def plain_card(self, repo_id: str) -> str:
-        """Return a minimal model card for the repository `repo_id`, written there if it has no card."""
+        """Return a minimal model card, which is added to the repository `repo_id` if it has none."""
         raise NotImplementedError
 
     def metrics(self) -> dict[str, Any]:
@@ -291,7 +291,7 @@ def newest_checkpoint(folder: str | Path) -> str | None:
 
 
 def check_resumable(folder: str | Path, facts: dict[str, str]) -> None:
-    """Raise `ValueError` if `folder` has a checkpoint of other `facts` (input -> hash); otherwise store them there."""
+    """Raise `ValueError` if `folder` has a checkpoint with other `facts` (input -> hash); else store `facts` there."""
     file = Path(folder) / "run.json"
     before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else facts
     changed = [name for name, value in facts.items() if before.get(name) != value]
@@ -436,7 +436,7 @@ def check_type(name: str, value: Any, *kinds: type[Any]) -> None:
 
 
 def check_setting(config: TrainingArguments, name: str, is_valid: bool, needed: str) -> None:
-    """Raise `ValueError` unless `is_valid`; the message has the setting `name`, its value, and what is `needed`."""
+    """Raise `ValueError` unless `is_valid`; the message states the setting `name`, its value, and `needed`."""
     if not is_valid:
         raise ValueError(
             f"`{name}` is {getattr(config, name)!r}, but it must be {needed}. See `{type(config).__name__}`."

@@ -87,7 +87,7 @@ class HeadTexts:
         return collate(rows, self.processor)
 
     def prepare(self, dataset: Any, name: str) -> Any:
-        """Call `prepare_dataset` with a dataset, or with each in a dict, for this target; errors call it `name`."""
+        """Call `prepare_dataset` with a dataset, or with each dataset in a dict; errors call the dataset `name`."""
         if dataset is None:
             return None
         if isinstance(dataset, Mapping) and name != "train_dataset":
@@ -107,7 +107,7 @@ class HeadTexts:
             )
 
     def texts(self, rows: Any, target: FrozenTarget) -> PreparedTexts | StreamedBatches:
-        """Wrap prepared `rows` for `loader`; with `feature_cache_dir` they get the features, computed by `target`."""
+        """Wrap prepared `rows` for `loader`; with `feature_cache_dir`, add features, which `target` computes."""
         if is_streamed(rows):
             return StreamedBatches(rows, self._args.tokens_per_batch, seed=self._seed)
         if self._args.feature_cache_dir is None:
@@ -120,7 +120,7 @@ class HeadTexts:
         """Return a loader of batches of at most `tokens_per_batch` tokens; a stream is never shuffled."""
         args = self._args
         options: Any = {"num_workers": args.dataloader_num_workers, "pin_memory": args.dataloader_pin_memory}
-        if isinstance(texts, StreamedBatches):  # each item is a batch; the processes share them out
+        if isinstance(texts, StreamedBatches):  # each item is a batch; the batches are divided among processes
             return DataLoader(texts, batch_size=1, collate_fn=partial(_of_one, collator), **options)
         batches = TokenBudgetBatches(texts.lengths, args.tokens_per_batch, seed=self._seed, shuffle=shuffle)
         return DataLoader(texts, batch_sampler=batches, collate_fn=collator, **options)
@@ -146,7 +146,7 @@ def questions_in(rows: Any) -> set[str]:
 
 @dataclass(frozen=True, slots=True)
 class PolicyPrompts:
-    """The distinct prompts of a dataset, in its order."""
+    """The distinct prompts of a dataset, in the dataset's order."""
 
     tokens: dict[str, Tensor]  # hash of a prompt -> its token ids [s]
     first_questions: set[str]  # texts of the first user turns, by which a benchmark recognises training prompts
@@ -209,7 +209,7 @@ Recorded = TypeVar("Recorded", RankedText, RecordedText)
 
 @dataclass
 class AnswerRecorder(Generic[Recorded]):
-    """Lets an attached target answer prompts, and keeps each answer with the head's drafts as a file in `folder`."""
+    """Lets an attached target answer prompts, and stores each answer with the head's drafts in a file in `folder`."""
 
     target: Any
     head: DraftHead | BlockHead
@@ -220,7 +220,7 @@ class AnswerRecorder(Generic[Recorded]):
     block_nodes: int = MOST_NODES  # see `record_pools`
 
     def record(self, prompts: Sequence[Tensor], what: str = "prompts") -> list[Recorded]:
-        """Record the missing answers to prompts `[s]`, a share in each process; return all longer than one token."""
+        """Record missing answers to prompts `[s]`, each process a share; return all answers of at least two tokens."""
         from accelerate import PartialState  # needs the extra `train`
 
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -98,7 +98,7 @@ class FrozenTarget:
         return features.concatenated(), outputs[-1].last_hidden_state
 
     def _check_causal(self, input_ids: Tensor, image_inputs: dict[str, Tensor]) -> None:
-        """Raise `ValueError` if features depend on later tokens, which are not yet there when the head drafts."""
+        """Raise `ValueError` if features depend on later tokens, which do not exist yet when the head drafts."""
         other = input_ids.clone()
         other[:, -1] = (other[:, -1] == 0).long()
         before, after = (self._outputs(ids, image_inputs)[0][:, :-1].float() for ids in (input_ids, other))
@@ -111,7 +111,7 @@ class FrozenTarget:
         self._is_known_causal = True
 
     def _picks(self, hidden: Tensor, predicted: Tensor | None) -> Tensor:
-        """Return the likeliest next token after each position, `[b, t]`; 0 where that token is not `predicted`."""
+        """Return the likeliest next token after each position, `[b, t]`; 0 where the next token is not `predicted`."""
         wanted = hidden.new_ones(hidden.shape[:2], dtype=torch.bool)
         if predicted is not None:
             wanted = F.pad(predicted[:, 1:], (0, 1))  # a position predicts the next token

@@ -25,7 +25,7 @@ class DraftHeadTrainingConfig(TrainingArguments):
     `tokens_per_batch` sets the batch size; setting `per_device_train_batch_size` or `per_device_eval_batch_size`
     raises a `ValueError`.
 
-    Source: EAGLE-3 (arXiv 2503.01840) section 3.2; `ttt_steps` and `ttt_step_decay` default to those of its code.
+    Source: EAGLE-3 (arXiv 2503.01840) section 3.2; `ttt_steps` and `ttt_step_decay` default to its code's values.
     """
 
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs", "target_init_kwargs"]

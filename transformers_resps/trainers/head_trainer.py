@@ -350,7 +350,7 @@ def _check_arguments(model: Any, args: DraftHeadTrainingConfig, train_dataset: A
 
 
 def freeze_output_head(head: TrainableSource, is_frozen: bool) -> None:
-    """Freeze the head's output rows if `is_frozen`; raise `ValueError` if they cannot be frozen, or not be trained."""
+    """Freeze the head's output rows if `is_frozen`; raise `ValueError` if the head does not allow this choice."""
     if not (head.output_heads or is_frozen):
         raise ValueError(
             "`freeze_output_head` is false, but the head borrows its output head from the target, which is never "
@@ -382,7 +382,7 @@ _MEASURED = "1.6 after 150,000, 1.8 after 390,000, 1.9 after 560,000"  # SmolLM2
 
 
 def warn_if_small(tokens: int) -> bool:
-    """Warn, and return true, if a run's positions, whose number is `tokens`, are too few for a useful head."""
+    """Warn, and return true, if a run of `tokens` positions is too short to train a useful head."""
     if tokens >= MIN_USEFUL_TOKENS:
         return False
     logger.warning(
@@ -416,7 +416,7 @@ class LevelMeter:
         self._tokens += tokens
 
     def summary(self, over_processes: Callable[[Tensor], Tensor]) -> tuple[dict[str, float], int]:
-        """Return `loss_1`, `accuracy_1`, `accuracy_2`, ..., and the tokens; `over_processes` sums over processes."""
+        """Return `loss_1`, `accuracy_1`, `accuracy_2`, ..., and the token count; `over_processes` adds processes."""
         everything = over_processes(torch.cat([self._sums.flatten(), torch.tensor([float(self._tokens)])]))
         losses, hits, predicted = everything[:-1].view_as(self._sums)
         agreement = (hits / predicted.clamp(min=1)).tolist()
@@ -440,7 +440,7 @@ class RunSpeed:
             self._since = self._since[0] + seconds, self._since[1]
 
     def lap(self, tokens: int, step: int, max_steps: int) -> dict[str, float]:
-        """Return `tokens_per_second` and `minutes_left`, from the tokens since the last call; `{}` without a step."""
+        """Return `tokens_per_second` and `minutes_left`, from the tokens since the last call; `{}` after no step."""
         now = time.monotonic()
         (before, first), self._since = self._since or (now, step), (now, step)
         if step <= first:

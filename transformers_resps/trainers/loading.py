@@ -23,7 +23,7 @@ from .head_config import DraftHeadTrainingConfig
 from .policy_config import PolicyTrainingConfig
 
 
-_WHERE = ("revision", "subfolder", "token", "cache_dir")  # Arguments of loading that locate files.
+_WHERE = ("revision", "subfolder", "token", "cache_dir")  # Arguments of `from_pretrained` that locate files.
 _ODD_SHARE = 0.01  # A fine-tune's tokenizer may give other ids to this share of the tokens, such as reserved tokens.
 
 
@@ -106,7 +106,7 @@ def end_tokens(target: PreTrainedModel) -> set[int]:
 
 
 def load_named_head(argument: str, name: str, target: PreTrainedModel, **init_kwargs: Any) -> TrainableSource:
-    """Load the head `name`, a folder or Hub id; raise `ValueError`, naming `argument`, if that holds a whole model."""
+    """Load the head `name`, a folder or Hub id; raise `ValueError`, naming `argument`, if it holds a whole model."""
     try:
         return load_head(name, target, **init_kwargs)
     except WholeModelError as error:
@@ -171,7 +171,7 @@ class Pair:
         tokenizer: Any,
         args: PolicyTrainingConfig,
     ) -> "Pair":
-        """Make a pair: load what is given by name, attach the target, and check that head and tokenizer fit it."""
+        """Make a pair: load models given by name, attach the target, check that head and tokenizer fit the target."""
         model: Any = attach(as_target(target, cast(Any, args.target_init_kwargs)))
         if isinstance(target, str):
             model.to(args.device)

@@ -2,7 +2,7 @@
 
 `torch.optim.Muon` takes only matrices. On every device it iterates in bfloat16, which takes `5 (4 m^2 n + 2 m^3)`
 operations for a matrix `[m, n]`, m <= n. Here, on a CPU, eigenvalues are iterated in float32. That takes
-`4 m^2 n + 2 m^3` operations, and some 9 m^3 to find them: in all half as many if m = n, a third if n = 3 m. To update
+`4 m^2 n + 2 m^3` operations, and about 9 m^3 to find them: in all half as many if m = n, a third if n = 3 m. To update
 a draft head's matrices, `torch.optim.Muon` took 1.25 times as long on a CPU that multiplies bfloat16, else 6.5 times.
 """
 

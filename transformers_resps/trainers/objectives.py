@@ -148,7 +148,7 @@ class BlockObjective(Objective):
         before: Tensor,
         teacher: Teacher,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Compute `soft_cross_entropy` for n outputs of a level, plus losses of a selector or confidence head."""
+        """Compute n outputs' loss at a level: `soft_cross_entropy`, plus losses of a selector or confidence head."""
         normed, (weight, bias), correction = bound.normed(states), bound.output_rows(), head.correction
         added = (context, correction.table) if context is not None and isinstance(correction, MarkovHead) else None
         ones, pair = normed.new_ones(1, len(normed), dtype=torch.float32), added and (added[0][None], added[1])
@@ -207,7 +207,7 @@ def logits_of(normed: Tensor, weight: Tensor, bias: Tensor | None, chunk_size: i
 
 
 def selection_loss(found: Logits, teacher: Teacher, selector: CandidateSelector, contexts: Tensor) -> Tensor:
-    """Compute the cross entropy `[n]` of a selector's scores for the head's likeliest tokens with the target.
+    """Compute the cross entropies `[n]` of a selector's scores and the target, over the head's likeliest tokens.
 
     The target's probabilities are not renormalised over these tokens. `contexts` `[n, r]` come from `contexts_of`.
     """

@@ -48,7 +48,7 @@ logger = logging.getLogger(f"transformers.{__name__}")
 
 
 class RolloutTrainer(ArtefactTrainer):
-    """Trains a `ReSpSPolicy` in place: `rollouts` collects its decisions and their results, from which it learns.
+    """Trains a `ReSpSPolicy` in place: it learns from the decisions and results that `rollouts` collects.
 
     `evaluate` uses `eval_rollouts`, recorded held-out texts. See `PolicyTrainer` for `reward_func`.
     """
@@ -136,7 +136,7 @@ class RolloutTrainer(ArtefactTrainer):
         return self.compared_on(held_out, training if isinstance(training, ReplayRollouts) else held_out)
 
     def compared_on(self, held_out: ReplayRollouts, searched: ReplayRollouts) -> "PolicyComparison":
-        """Replay `held_out` with the policy as it decodes, and with the fixed tree that is fastest on `searched`."""
+        """Replay `held_out` with the policy's decoding settings, and with the fixed tree fastest on `searched`."""
         texts, use = torch.arange(len(held_out)), self.policy.config
         generator = seeded(self.args.seed, 0, 0) if use.sample else None
         decisions = held_out.follow(self.policy, texts, use.persistence, generator, temperature=use.temperature)
@@ -341,7 +341,7 @@ _DEPTH, _TOP_KS, _LOOKUPS = 6, (1, 2, 4), (0, 4, 8)  # Sizes of the fixed trees 
 def compare(
     policy: Policy, searched: Sequence[RecordedText], held_out: Sequence[RecordedText], costs: CostModel
 ) -> "PolicyComparison":
-    """Replay `held_out` with a copy of `policy`, which learns on, and with the tree that is fastest on `searched`."""
+    """Replay `held_out` with a copy of `policy`, which goes on learning, and with the fastest tree on `searched`."""
     small = ActionGrid.small()
     grid = (small.within(searched[0].depth) if searched[0].block_nodes else small).with_lookups(_LOOKUPS)
     in_searched, in_held_out = (

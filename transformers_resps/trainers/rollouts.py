@@ -69,7 +69,7 @@ class Rollouts(ABC):
 
 
 def _taken(logits: Tensor, generator: torch.Generator | None, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Draw actions `[n]` from logits `[n, a]`, without `generator` the likeliest; also return their log probs."""
+    """Draw actions `[n]` from logits `[n, a]`, or take the likeliest without `generator`; also return log probs."""
     log_probs = (logits / temperature).log_softmax(-1)
     if generator is None:
         actions = logits.argmax(-1)
