@@ -1,5 +1,6 @@
 """Settings of this process by which PyTorch chooses kernels, each changed inside a `with` block, and its compiler."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from transformers_resps.compilation.kernels import compiler, our_kernels
+from transformers_resps.compilation.pages import HUGE, Kernel
 
 
 HAS_COMPILER = compiler() is not None
@@ -47,6 +49,22 @@ def bytes_in_memory(tensor: torch.Tensor, kind: str = "Rss") -> int:
         elif is_inside and name == f"{kind}:":
             found += int(values[0]) << 10
     return found
+
+
+def mapped(folder: Path, values: torch.Tensor) -> torch.Tensor:
+    """The values as a view of a file, as safetensors gives them, all in memory."""
+    file = folder / "weights"
+    with file.open("wb") as written:
+        written.write(values.numpy().tobytes())
+        os.fsync(written.fileno())  # pages that are not yet on the disk stay in memory
+    view = torch.from_file(str(file), shared=False, size=values.numel(), dtype=values.dtype).view(values.shape)
+    assert torch.equal(view, values)
+    read = bytes_in_memory(view) if Path("/proc/self/smaps").exists() else 0
+    start = -(-view.data_ptr() // HUGE) * HUGE
+    if not read or Kernel().advise(start, HUGE, 21) or bytes_in_memory(view) > read - HUGE // 2:
+        pytest.skip("this system does not take back memory that shows a file")
+    assert torch.equal(view, values)
+    return view
 
 
 @contextmanager

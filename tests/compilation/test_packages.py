@@ -16,12 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.kernels import HAS_COMPILER, NO_COMPILER, bytes_in_memory
+from tests.kernels import HAS_COMPILER, NO_COMPILER, bytes_in_memory, mapped
 from transformers_resps.compilation import packages
 from transformers_resps.compilation.compiled import CompiledFunction
 from transformers_resps.compilation.engine import Code, CompileEngine, WeightFingerprint
 from transformers_resps.compilation.packages import FOLDER_VARIABLE, remove_packages, stored_packages
-from transformers_resps.compilation.pages import Kernel
 
 
 class Engine(CompileEngine[nn.Linear]):
@@ -159,15 +158,12 @@ class Reordered(TorchDispatchMode):
 
 
 @pytest.mark.skipif(not HAS_COMPILER, reason=NO_COMPILER)
-@pytest.mark.skipif(not Kernel().own_ranges(of_files=True), reason="no Linux")
 def test_codes_of_one_module_hold_its_weights_once_and_the_file_leaves_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path / "compiled"))
-    (tmp_path / "weights").write_bytes(torch.randn(1024, 1024).numpy().tobytes())
-    os.sync()
-    weight = torch.from_file(str(tmp_path / "weights"), shared=False, size=1 << 20).view(1024, 1024)
-    layer = nn.Linear(1024, 1024, bias=False).requires_grad_(False)
+    weight = mapped(tmp_path, torch.randn(1024, 1024))
+    layer = nn.Linear(1024, 1024, bias=False)
     layer.weight = nn.Parameter(weight, requires_grad=False)
     rows = torch.randn(5, 1024)
 

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from tests.kernels import bytes_in_memory, mapped
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach, prepack, unprepack
 from transformers_resps.verifying import prepacking
 from transformers_resps.verifying.prepacking import (
@@ -228,3 +229,13 @@ def test_compiled_code_multiplies_by_rows_as_they_are() -> None:
     torch._dynamo.reset()
     torch.testing.assert_close(found, states @ weight.T)
     assert operations and not any("mkldnn" in name for name in operations)
+
+
+def test_weights_in_a_file_leave_memory_and_come_back_when_they_are_read(tmp_path: Path) -> None:
+    values = torch.randn(1024, 1024)
+    layer = nn.Linear(1024, 1024, bias=False)
+    layer.weight = nn.Parameter(mapped(tmp_path, values))
+    before = bytes_in_memory(layer.weight)
+    prepack(layer)
+    assert bytes_in_memory(layer.weight) < 0.1 * before
+    assert torch.equal(unprepack(layer).state_dict()["weight"], values)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..compilation.pages import collapse
+from ..compilation.pages import collapse, release
 
 
 logger = logging.getLogger(f"transformers.{__name__}")
@@ -146,7 +146,8 @@ def prepack(module: Module) -> Module:
     """Prepack the weights of a module's linear layers, so that they multiply few rows faster.
 
     Speeds up plain decoding and trees on CPUs, in float32, and in bfloat16 if the CPU multiplies it; elsewhere layers
-    work as before. Packed copies take as much memory as the weights. Results differ by rounding at most. Changes of
+    work as before. Packed copies take as much memory as the weights. The memory of weights that still lie in the
+    checkpoint's file is freed; they are read from there when needed. Results differ by rounding at most. Changes of
     weights through `.data`, as in PEFT's merge, are not noticed: call `prepack` again after them.
 
     Returns `module`, which is changed in place: layers that are exactly `nn.Linear` become `PrepackedLinear`, with the
@@ -163,14 +164,18 @@ def prepack(module: Module) -> Module:
         elif type(layer) in (nn.Linear, PrepackedLinear):
             packed[layer] = PackedWeight()  # a new one, since `.data` may have changed
     blocks = [
-        own.blocks(weight) for layer, own in packed.items() if (weight := layer._parameters.get("weight")) is not None
+        (own.blocks(weight), weight)
+        for layer, own in packed.items()
+        if (weight := layer._parameters.get("weight")) is not None
     ]
     for layer, own in packed.items():
         # A new object would lack what others have put on this one: hooks and their handles, the `forward` of
         # accelerate's offloading, references in lists. `torch.nn.utils.parametrize` swaps the class as well.
         layer.__class__ = PrepackedLinear
         layer.packed = own  # type: ignore[assignment]  # its new class has this attribute
-    collapse(own for own in blocks if own is not None)  # together: alone, most weights of a small model fill no page
+    # Together, since most weights of a small model fill no page alone.
+    collapse(own for own, _ in blocks if own is not None)
+    release(weight for own, weight in blocks if own is not None)
     for kind, name in left.items():
         logger.warning(
             f"`prepack` leaves `{name}` and its like as they are: oneDNN packs no {kind}. Compiled steps may read it: "
