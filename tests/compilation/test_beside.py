@@ -63,8 +63,11 @@ def test_of_three_processes_one_compiles_and_when_it_is_killed_another_may(
     for one in compilers:
         one.start("model", "folder", "--rows", "1")
     assert [one.is_running for one in compilers] == [True, False, False]
-    [line] = told()
+    line, *later = told()
     assert "Another process compiles" in line and str(tmp_path / "compiled") in line and "`compile=False`" in line
+    assert later == ["An earlier process compiles this model, and calls use its code when it is ready."] * 2
+    compilers[1].start("model", "folder", "--rows", "1")
+    assert not told(), "it was said"
     process(compilers[0]).kill()
     ended(compilers[0])
     assert "is not compiled beside calls: its process ended with status -9" in told()[0]
@@ -80,7 +83,10 @@ def test_other_models_compile_at_the_same_time(compilers: list[CompilerProcess])
 
 
 def test_it_runs_the_command_with_less_priority_and_once(
-    compilers: list[CompilerProcess], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    compilers: list[CompilerProcess],
+    told: Callable[[], list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     monkeypatch.setattr(beside, "_RUN", f"import os; os.nice({beside._NICENESS}); {_TELLS}")
     compiler, written = compilers[0], tmp_path / "written"
@@ -88,6 +94,7 @@ def test_it_runs_the_command_with_less_priority_and_once(
         compiler.start("model", str(written), "head", "--rows", "1")
         ended(compiler)
         assert not list((tmp_path / "compiled").glob(".*.log"))
+    assert told()[1:] == ["This model is compiled, and calls use its code from now on."]
     priority, *arguments = written.read_text().split()
     assert int(priority) == min(os.getpriority(os.PRIO_PROCESS, 0) + beside._NICENESS, 19)
     assert arguments == ["compile", str(written), "head", "--rows", "1", "--only-as", "model"]

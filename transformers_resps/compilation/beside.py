@@ -37,6 +37,7 @@ class CompilerProcess:
         self._process: subprocess.Popen[bytes] | None = None
         self._log = Path()
         self._asked: set[tuple[str, ...]] = set()  # Arguments of processes that were started, or cannot start.
+        self._waited_for: set[str] = set()  # Identities of models that another process already compiles.
 
     @property
     def is_running(self) -> bool:
@@ -79,7 +80,10 @@ class CompilerProcess:
         with (folder / f".{identity}.lock").open("wb") as lock:
             try:
                 flock(lock, LOCK_EX | LOCK_NB)  # held by the new process until it ends, however it ends
-            except BlockingIOError:  # another process compiles this model
+            except BlockingIOError:
+                if identity not in self._waited_for:
+                    self._waited_for.add(identity)
+                    logger.warning("An earlier process compiles this model, and calls use its code when it is ready.")
                 return
             modules = os.pathsep.join(path or os.getcwd() for path in sys.path)
             with self._log.open("wb") as log:
@@ -93,7 +97,7 @@ class CompilerProcess:
                     env=os.environ | {"PYTHONPATH": modules, "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"},
                 )
         logger.warning(
-            "Another process compiles this model, once, and calls go on as they are until its code can be taken up. "
+            "Another process compiles this model, once, even if this one ends. Calls use its code when it is ready. "
             f"The code is kept in {folder}. `compile=False` switches this off."
         )
 
@@ -101,7 +105,9 @@ class CompilerProcess:
         self._process = None
         lines = self._log.read_text(errors="replace").split("\n") if self._log.exists() else []
         self._log.unlink(missing_ok=True)
-        if status:
+        if not status:
+            logger.warning("This model is compiled, and calls use its code from now on.")
+        else:
             last = [line for line in lines if line.strip()][-1:] or [f"its process ended with status {status}"]
             self._give_up((), last[0].removeprefix("resps compile: "))
 

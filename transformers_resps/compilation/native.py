@@ -320,7 +320,7 @@ def _bf16_layers(program: ExportedProgram) -> Iterator[tuple[Node, Node, list[No
 
 
 def _round_weights(program: ExportedProgram, bits: int) -> None:
-    """Let linear layers multiply by weights rounded to `bits`: layers with bf16 weights, for 4 bits also int8 ones."""
+    """Round the weights of linear layers to `bits` in the program: bf16 weights, and for 4 bits int8 weights, too."""
     graph, operators = program.graph, torch.ops.resps
     first = next(node for node in graph.nodes if node.op != "placeholder")  # joined layers read all weights there
     rounds = {
@@ -476,7 +476,7 @@ def _packed_layers(graph: Graph, layers: list[Node], *, is_gated: bool, head: in
 
 
 class _Layer(NamedTuple):
-    """A decoder layer of the usual kind, which `bf16_layer` computes."""
+    """The nodes of a decoder layer that `bf16_layer` can replace, and the arguments for it."""
 
     read: dict[Node, None]  # its nodes
     checks: dict[Node, None]  # nodes that only check its values

@@ -3,7 +3,7 @@
 With pages of 4 KiB, reading weights is slow, since each page is looked up. `MADV_COLLAPSE` (Linux 6.1, madvise(2))
 copies small pages into a huge one at the same address; `MADV_HUGEPAGE` makes memory that was never written use huge
 pages from the start. `MADV_PAGEOUT` (Linux 5.4) frees pages that the kernel can read again from a file. If the kernel
-refuses, memory stays as it is.
+refuses, memory stays unchanged.
 """
 
 import ctypes

@@ -199,7 +199,7 @@ class Picks:
 
     @classmethod
     def read(cls, tree: DraftTree, logits: Tensor, processed: "ProcessedPicks | None" = None) -> "Picks":
-        """Make `Picks` with the tokens of all nodes (`processed.tokens` or the argmax), in one copy to the host."""
+        """Copy the target's pick at every node to the host: `processed.tokens`, or the argmax of `logits`."""
         tokens = logits[:, : tree.node_count].argmax(-1) if processed is None else processed.tokens[None]
         if tree.node_count == 1:
             return cls([{} for _ in tokens], tokens.tolist(), logits, tokens, processed)
@@ -263,7 +263,7 @@ class Draws:
             self._states.append(generator.get_state())
 
     def pick(self, scores: Tensor, levels: Tensor) -> Tensor:
-        """Draw a token for each node from its scores `[n, v]` and level (`levels` `[n]`); -1 if the softmax is NaN."""
+        """Draw a token for each node from scores `[n, v]` by its level's random numbers; -1 if the softmax is NaN."""
         best = (scores.softmax(dim=-1) / self.numbers[levels]).max(dim=-1)
         return best.indices.masked_fill(best.values.isnan(), -1)
 

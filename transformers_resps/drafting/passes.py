@@ -299,10 +299,10 @@ class Draft(ABC, Generic[Grown]):
         return root, self.pool(root, grown, text, run)
 
     def of_tensors(self, cache: DraftCache, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Draft from the tensors of `text_of_tensors`, in a function that a CUDA graph can capture.
+        """Draft from the result of `tensors`, by operators that a CUDA graph can capture.
 
-        Attention covers all slots of the cache, so the shape, the number of pairs and the cache fix all sizes. Return
-        the root's output `[b, 1, h]`, the tensors of `CandidatePool` without `levels`, and the tensors of `DraftTree`.
+        Attention covers all slots of the cache, so no size depends on the text's length. Return the root's output
+        `[b, 1, h]`, the tensors of `CandidatePool` without `levels`, and the tensors of `DraftTree`.
         """
         *pair_tensors, shown = tensors
         shown = shown.expand(-1, cache.capacity)

@@ -199,9 +199,9 @@ class DraftText:
         self._cache.keep_rows(order)
 
     def take(self, ahead: int = 0, tree: int = 0) -> tuple[Pairs | None, Prefix]:
-        """Assign cache slots to all queued tokens; return these tokens (`None` if there are none) and the text.
+        """Assign cache slots to all queued tokens; return these as pairs (`None` if none is queued), and the text.
 
-        A draft needs `ahead` positions after the text, and `tree` cache slots.
+        Also reserve what the next draft needs: `ahead` positions after the text, and `tree` cache slots.
         """
         self._forget()
         model, device = self._model, self._model.device

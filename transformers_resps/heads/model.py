@@ -445,8 +445,8 @@ class DraftHead(HeadModel):
     ) -> Self:
         """Create an untrained head in the target's dtype, on its device. To train it see docs/train-a-head.md.
 
-        The head can propose d = `draft_vocab_size` tokens: those with the target ids `draft_token_ids` `[d]`, by
-        default the lowest ids. `None` means all tokens; the head then uses the target's output head. `feature_layers`
+        The head can propose d = `draft_vocab_size` tokens. Their target ids are `draft_token_ids` `[d]`, by default
+        the lowest ids. Without `draft_vocab_size` it proposes all tokens by the target's output head. `feature_layers`
         are EAGLE-3's low, middle and high layer by default; `overrides` are other fields of `DraftHeadConfig`. Raises
         a `ValueError` if an id is not in the target's vocabulary, or if the config does not fit the target.
         """

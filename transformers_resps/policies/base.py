@@ -200,7 +200,7 @@ for _forwarded in vars(Policy).keys() - vars(PolicyWrapper).keys():
 
 
 class Trials:
-    """Decides when to retry an option that does not pay: after `first` refusals, then twice as many, up to `last`."""
+    """Decides when to retry an option that does not pay: after `first` calls, then twice as many, up to `last`."""
 
     def __init__(self, first: int, last: int) -> None:
         self._first, self._last = first, last

@@ -434,13 +434,13 @@ class _DraftPrice:
         slope = (self.covariance + _INERTIA * self.slope) / (self.variance + _INERTIA)
         self.slope = min(max(slope, 0.0), self.seconds / self.levels)
 
-    def _learn_width(self, width: int, times: float) -> int:
-        """Learn a width's factor from a draft that took `times` the first width's time; return its count of drafts."""
+    def _learn_width(self, width: int, ratio: float) -> int:
+        """Learn a width's cost relative to the first width from one draft's ratio; return how many were learned."""
         drafts, factor = self.widths.get(width, (0, self.of_width(width)))
         most = INTERRUPTED * factor if drafts else factor
         least = min(width / next(iter(self.widths)), 1.0) / INTERRUPTED
         drafts = min(drafts + 1, _LEARNED_WIDTH)
-        self.widths[width] = drafts, factor + (max(min(times, most), least) - factor) / drafts
+        self.widths[width] = drafts, factor + (max(min(ratio, most), least) - factor) / drafts
         return drafts
 
 

@@ -484,10 +484,10 @@ def doubled(width: int, most: int) -> tuple[int, ...]:
 
 
 class WiderDrafts:
-    """Picks the children per node of one row's drafts on a CPU: more as long as they gain more tokens than they cost.
+    """Decides how many children a drafted node gets, for one row on a CPU. More must be worth their time.
 
-    A wider draft contains the narrower draft, so a trial compares the estimated net gains of both at the same position
-    of a text. Gains at different positions would differ far more.
+    A wider draft contains the narrower draft, so a trial estimates the net gains of both at the same position of a
+    text. Gains differ much more between positions than between widths.
     """
 
     def __init__(self, most: int) -> None:

@@ -374,7 +374,7 @@ class StateKinds:
         """Return the recurrent states in a cache by layer index, not copied."""
         return {layer: _states_in(cache, layer) for layers, _ in self._kinds for layer in layers}
 
-    def of(self, cache: Cache) -> list[Tensor]:
+    def stacked(self, cache: Cache) -> list[Tensor]:
         """Copy a cache's states: for each group the stacked convolution states, then its recurrent states, if any."""
         found = list[Tensor]()
         for layers, is_scanned in self._kinds:
@@ -385,7 +385,7 @@ class StateKinds:
         return found
 
     def give_back(self, tensors: Sequence[Tensor], cache: Cache, rows: slice) -> None:
-        """Copy the states of `rows` from `tensors`, stacked like the result of `of`, to a cache."""
+        """Copy the states of `rows` from `tensors`, a result of `stacked`, to a cache."""
         for layer, states in self.by_layer(tensors).items():
             held: Any = cache.layers[layer]
             held.conv_states[0] = states.convolution[rows].clone()
@@ -393,7 +393,7 @@ class StateKinds:
                 held.recurrent_states[0] = states.recurrence[rows].clone()
 
     def by_layer(self, tensors: Sequence[Tensor]) -> dict[int, LayerStates]:
-        """Map each layer to its states: views of `tensors`, which are stacked like the result of `of`."""
+        """Map each layer's index to its states, which are views of `tensors`, a result of `stacked`."""
         found: dict[int, LayerStates] = {}  # dynamo knows no `dict[int, LayerStates]()`
         parts = iter(tensors)
         for layers, is_scanned in self._kinds:
@@ -436,7 +436,7 @@ def _states_in(cache: Cache, layer: int) -> LayerStates:
 
 
 class RecurrentMixers:
-    """Lets a target's recurrent layers, if any, compute trees with a dynamic cache inside the context `readers`."""
+    """Lets a target's recurrent layers, if any, run over trees with a dynamic cache, inside `with self.readers`."""
 
     def __init__(self, target: PreTrainedModel, cache: Cache) -> None:
         self._target, self._cache = target, cache

@@ -23,7 +23,7 @@ class RowStates:
 
     def __init__(self, kinds: StateKinds, cache: Cache) -> None:
         self.kinds = kinds
-        self.tensors: Sequence[Tensor] = kinds.of(cache)
+        self.tensors: Sequence[Tensor] = kinds.stacked(cache)
         self.noted: tuple[Tensor, ...] = ()  # values of the newest tree from which `advance` updates the states
 
     def advance(self, path: Tensor) -> None:
