@@ -518,15 +518,14 @@ def _made(recipe: _Json, weights: Mapping[str, Tensor]) -> Any:
         return operator(*_made(recipe["arguments"], weights), **keywords)
 
 
-def _renamed(recipe: _Json, names: Mapping[str, str]) -> _Json:
+def _renamed(recipes: _Json, names: Mapping[str, str]) -> _Json:
     """Replace the names of weights in recipes."""
-    if isinstance(recipe, list):
-        return [_renamed(part, names) for part in recipe]
-    if not isinstance(recipe, dict):
-        return recipe
-    if "weight" in recipe:
-        return {"weight": names[recipe["weight"]]}
-    return {key: _renamed(part, names) for key, part in recipe.items()}
+
+    def renamed(part: dict[str, _Json]) -> dict[str, _Json]:
+        name = part.get("weight")
+        return {"weight": names[name]} if isinstance(name, str) else part
+
+    return json.loads(json.dumps(recipes), object_hook=renamed)
 
 
 class _Constants:
