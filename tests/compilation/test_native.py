@@ -2,6 +2,7 @@
 vectors, by tiles and by the library.
 """
 
+import copy
 import json
 from collections import Counter
 from collections.abc import Callable
@@ -17,14 +18,8 @@ from tests.targets import Architecture
 from transformers_resps import FixedPolicy, TreeShape, attach
 from transformers_resps.compilation import native, packages
 from transformers_resps.compilation.compiled import CompiledFunction
-from transformers_resps.compilation.kernels import (
-    NEVER,
-    ONEDNN,
-    VECTORS,
-    Choice,
-    Kernels,
-    Products,
-)
+from transformers_resps.compilation.few_bits import Codes, rounding
+from transformers_resps.compilation.kernels import NEVER, ONEDNN, VECTORS, Choice, Kernels, Products, reads_few_bits
 from transformers_resps.compilation.native import (
     bf16_attention,
     bf16_gated,
@@ -431,23 +426,54 @@ SIZE, CHECK = torch.ops.aten.sym_size.int, torch.ops.aten._assert_tensor_metadat
 DECODED = ("rows", "cosines", "sines", "slots", "keys", "values", "mask")
 
 
+def rounded(layer: Decoder, bits: int) -> Decoder:
+    """A copy whose weights have the values of their codes, in 4 bits for the output's product and in 8 for others."""
+    copied, operators = copy.deepcopy(layer), torch.ops.resps
+    for part in copied.modules() if bits < 16 else ():
+        if isinstance(part, nn.Linear):
+            kind, *groups = rounding(part.weight, bits)
+            of_kind = {
+                Codes.INT8: (operators.int8_codes, operators.int8_scales),
+                Codes.INT4: (operators.int4_codes, operators.int4_scales),
+            }
+            codes, scales = (operator(part.weight, *groups) for operator in of_kind[kind])
+            part.weight.copy_(operators.few_bits_weight(codes, scales, None, kind))
+    return copied
+
+
+TILES_ALONE = Kernels(Choice(1, NEVER), Choice(1, NEVER))
+
+
 @needs_instructions
 @needs_compiler
-@pytest.mark.parametrize("has_bias", [False, True])
-@pytest.mark.parametrize("kernels", [VECTORS_ALONE, Kernels(Choice(1, NEVER), Choice(1, NEVER))], indirect=True)
+@pytest.mark.parametrize(
+    ("kernels", "bits", "has_bias"),
+    [
+        (VECTORS_ALONE, 16, False),
+        (VECTORS_ALONE, 16, True),
+        (VECTORS_ALONE, 4, False),
+        (TILES_ALONE, 16, False),
+        (TILES_ALONE, 16, True),
+        (TILES_ALONE, 8, True),
+    ],
+    indirect=["kernels"],
+)
 @torch.no_grad()
 def test_packaged_code_computes_a_layer_by_it(
-    kernels: Kernels, has_bias: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kernels: Kernels, bits: int, has_bias: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if bits < 16 and not reads_few_bits():
+        pytest.skip("asks for AVX512-VBMI")
     monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
+    monkeypatch.setattr(native, "few_bits_kernel", lambda: kernels.linear)
     layer = Decoder(has_bias=has_bias)
-    packages = ModulePackages(lambda: layer, "a layer")
-    compiled = CompiledFunction(lambda *given: layer(*given), CHANGING, packages=packages, name="layer")
+    packages, reference = ModulePackages(lambda: layer, "a layer"), rounded(layer, bits)
+    compiled = CompiledFunction(lambda *given: layer(*given), CHANGING, packages=packages, name="layer", bits=bits)
     whole = decoding(20)
     wanted = compiled(whole)
     for count in (1, 3, 7, 20):
         ours, eager = decoding(count), decoding(count)
-        found, expected = compiled(ours), layer(*eager)
+        found, expected = compiled(ours), reference(*eager)
         torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)
         assert torch.equal(found, wanted[:, :count])
         for states, others in zip(ours[4:6], eager[4:6], strict=True):
