@@ -381,8 +381,10 @@ def test_an_answer_ends_where_the_model_has_no_positions_left(client: Client) ->
         ({"generation_config": {"policy": "owner/name"}}, 400, "'auto' or 'plain' only"),
         ({"generation_config": "{"}, 400, "could not be read"),
         ({"generation_config": {"num_return_sequences": 2}}, 400, "`num_return_sequences`"),
-        ({"max_tokens": 0}, 400, "max_new_tokens"),
         ({"max_tokens": "many"}, 400, "could not be read"),
+        ({"max_tokens": 0}, 400, "`max_tokens` is 0, but an answer has at least one token. Leave it out."),
+        ({"max_completion_tokens": -1}, 400, "`max_completion_tokens` is -1"),
+        ({"logit_bias": {"3": "much"}}, 400, "could not be read"),
         ({"temperature": -1, "generation_config": {"do_sample": True}}, 400, "The temperature is -1.0"),
         ({"temperature": -0.5}, 400, "The temperature is -0.5"),
         ({"generation_config": {"temperature": -2}}, 400, "The temperature is -2"),
@@ -424,6 +426,12 @@ def test_tools_reach_a_template_that_knows_them(client: Client, monkeypatch: pyt
     monkeypatch.setattr(processor, "chat_template", names + processor.chat_template)
     without, told = (client.ask({"messages": ASKED, "max_tokens": 2, "tools": tools})[1] for tools in ([], [TOOL]))
     assert told["usage"]["prompt_tokens"] > without["usage"]["prompt_tokens"]
+
+
+def test_a_bias_may_be_a_whole_number(client: Client) -> None:
+    asked = {"messages": ASKED, "max_tokens": 9}
+    biased = client.text(asked | {"logit_bias": {"3": 100}})
+    assert biased == client.plain("ab", max_new_tokens=9, sequence_bias={(3,): 100.0}) != client.text(asked)
 
 
 def test_parts_of_text_are_read_together(client: Client) -> None:

@@ -368,6 +368,7 @@ _HINTS = frozenset(
 )
 _READ = frozenset(("generation_config", "model", "seed", "stream", "temperature", "top_p"))
 _SAMPLING = frozenset(("frequency_penalty", "max_tokens", "stop"))  # only chats and completions read these
+_LENGTHS = {"max_tokens", "max_completion_tokens", "max_output_tokens"}
 _TEXTS = ("text", "input_text", "output_text")  # types of the text parts of a message
 
 
@@ -400,6 +401,11 @@ class _Handler(utils.BaseHandler):
                 raise HTTPException(400, f"`{name}` with the value {body[name]!r} is not supported. Leave it out.")
         if not isinstance(body.get(self.needs), str | list) or not body[self.needs]:
             raise HTTPException(400, f"`{self.needs}` is missing or empty. Write what the model shall answer.")
+        for name in _LENGTHS & self.reads:
+            if isinstance(length := body.get(name), int) and length < 1:
+                raise HTTPException(400, f"`{name}` is {length}, but an answer has at least one token. Leave it out.")
+        if isinstance(biases := body.get("logit_bias"), dict):  # `generate` takes floats only
+            body["logit_bias"] = {token: float(bias) for token, bias in biases.items()}
         body.setdefault("stream", False)  # OpenAI's default; Transformers would stream responses
 
     def _resolve_model(self, body: dict[str, Any]) -> Any:
