@@ -1,6 +1,7 @@
 """Compiled code that outlives its process: what is loaded, what is refused, and that no fault costs more than time."""
 
 import errno
+import gc
 import json
 import os
 import shutil
@@ -16,10 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.kernels import HAS_COMPILER, NO_COMPILER, bytes_in_memory, mapped
-from transformers_resps.compilation import packages
+from tests.kernels import HAS_COMPILER, NO_COMPILER, bytes_in_memory, mapped, needs_compiler, needs_instructions
+from transformers_resps.compilation import native, packages
 from transformers_resps.compilation.compiled import CompiledFunction
 from transformers_resps.compilation.engine import Code, CompileEngine, WeightFingerprint
+from transformers_resps.compilation.kernels import VECTORS, Kernels
 from transformers_resps.compilation.packages import FOLDER_VARIABLE, remove_packages, stored_packages
 
 
@@ -157,7 +159,7 @@ class Reordered(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.skipif(not HAS_COMPILER, reason=NO_COMPILER)
+@needs_compiler
 def test_codes_of_one_module_hold_its_weights_once_and_the_file_leaves_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -186,6 +188,32 @@ def test_codes_of_one_module_hold_its_weights_once_and_the_file_leaves_memory(
     torch.testing.assert_close(one(rows)[0], expected, atol=1e-3, rtol=0)  # sums of 1,024 products of about 1
     torch.testing.assert_close(two(rows)[0], 2 * expected, atol=2e-3, rtol=0)
     assert torch.equal(layer(rows), expected), "eager code reads the file again"
+
+
+@needs_instructions
+@needs_compiler
+def test_packed_weights_leave_memory_with_the_last_code_that_reads_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
+    layer = build().to(torch.bfloat16)
+    monkeypatch.setattr(native, "chosen_kernels", lambda products, *, alike: Kernels.only(VECTORS))
+    given = rows().to(torch.bfloat16)
+    stored = packages.ModulePackages(lambda: layer, "the layer")
+    job = packages.CompileJob(lambda rows: [layer(rows)], [given], [(0,)], {"freezing": True}, alike=False)
+    one, two = stored.compile("one", "", job), stored.compile("two", "", job)
+    first, second = (
+        [part.tensor for part in code._parts[0].constants if part.tensor.dim() == 4] for code in (one, two)
+    )
+    (constant,) = first
+    assert second[0] is constant
+    del one, first, second
+    gc.collect()
+    torch.testing.assert_close(two(given)[0], layer(given), atol=0.02, rtol=0.02)
+    assert constant.untyped_storage().nbytes() >= layer.weight.nbytes
+    del two
+    gc.collect()
+    assert constant.untyped_storage().nbytes() == 0 and layer.weight.untyped_storage().nbytes() > 0
 
 
 def test_it_is_known_whether_code_lies_ready(folder: Path) -> None:

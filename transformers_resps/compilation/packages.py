@@ -229,7 +229,7 @@ class _LoadedPart(NamedTuple):
 
     run: Callable[[list[Tensor]], list[Tensor]]
     inputs: list[int]  # indices into the program's inputs, followed by the outputs of all earlier parts
-    constants: dict[str, Tensor]  # kept alive, since the code reads them at their addresses
+    constants: list["_Constant"]  # kept alive, since the code reads them at their addresses
 
 
 class PackagedCode:
@@ -259,11 +259,12 @@ class PackagedCode:
                 recipes = _renamed(manifest["codes"][call["code"]]["recipes"], call["weights"])
                 own = {name: constants.made(recipe, weights) for name, recipe in recipes.items()}
                 loader = _loader(Path(folder) / str(call["code"]))
+                tensors = {name: constant.tensor for name, constant in own.items()}
                 # The flags mean: use the active buffer, expect all constants, make no copies.
-                loader.load_constants(own, False, True, True)
-                collapse(own.values())
+                loader.load_constants(tensors, False, True, True)
+                collapse(tensors.values())
                 release(weights[name] for name in call["weights"].values())
-                self._parts.append(_LoadedPart(loader.boxed_run, call["inputs"], own))
+                self._parts.append(_LoadedPart(loader.boxed_run, call["inputs"], [*own.values()]))
         self._outputs: list[int] = manifest["outputs"]
         self._limits = [tuple(map(int, limit)) for limit in manifest["limits"]]
 
@@ -528,17 +529,26 @@ def _renamed(recipes: _Json, names: Mapping[str, str]) -> _Json:
     return json.loads(json.dumps(recipes), object_hook=renamed)
 
 
+class _Constant:
+    """A constant of loaded codes. Frees packed weights with itself, since PyTorch never drops a code's constants."""
+
+    def __init__(self, recipe: _Json, weights: Mapping[str, Tensor]) -> None:
+        self.tensor: Tensor = _made(recipe, weights)
+        if str(recipe.get("operator")).startswith("resps."):  # its result shares no memory with a weight
+            weakref.finalize(self, self.tensor.untyped_storage().resize_, 0).atexit = False
+
+
 class _Constants:
     """Makes constants of codes. Codes of one module share equal constants, as long as one of them is loaded."""
 
     def __init__(self) -> None:
-        self._made: weakref.WeakValueDictionary[str, Tensor] = weakref.WeakValueDictionary()
+        self._made: weakref.WeakValueDictionary[str, _Constant] = weakref.WeakValueDictionary()
 
-    def made(self, recipe: _Json, weights: Mapping[str, Tensor]) -> Tensor:
+    def made(self, recipe: _Json, weights: Mapping[str, Tensor]) -> _Constant:
         key = json.dumps(recipe, sort_keys=True)
         constant = self._made.get(key)
         if constant is None:
-            constant = self._made[key] = _made(recipe, weights)
+            constant = self._made[key] = _Constant(recipe, weights)
         return constant
 
 
