@@ -70,7 +70,8 @@ def collapses() -> bool:
 
 @pytest.mark.skipif(not collapses(), reason="no Linux 6.1 with huge pages of 2 MiB")
 def test_a_tensor_lies_in_huge_pages_afterwards_at_its_place_and_with_its_values() -> None:
-    tensor = large()
+    memory = mmap.mmap(-1, 5 * HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # new, so that no page is huge
+    tensor = torch.frombuffer(memory, dtype=torch.int32).copy_(large())
     before, place, values = bytes_in_memory(tensor, HUGE_PAGES), tensor.data_ptr(), tensor.tolist()
     moved = collapse([tensor])
     assert moved >= 4 * HUGE

@@ -518,8 +518,8 @@ def test_an_error_in_the_middle_of_a_stream_is_told_and_the_server_lives(
 
 
 def test_what_generate_refuses_in_a_stream_is_the_clients_fault(client: Client) -> None:
-    (_, told) = client.stream({"messages": ASKED, "max_tokens": 0})
-    assert told["error"]["code"] == 400 and "max_new_tokens" in told["error"]["message"]
+    (_, told) = client.stream({"messages": ASKED, "logit_bias": {"99999": 1}})
+    assert told["error"]["code"] == 400 and "vocabulary size" in told["error"]["message"]
 
 
 def test_no_client_drops_models_or_loads_others(client: Client) -> None:
