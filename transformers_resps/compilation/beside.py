@@ -105,11 +105,11 @@ class CompilerProcess:
         self._process = None
         lines = self._log.read_text(errors="replace").split("\n") if self._log.exists() else []
         self._log.unlink(missing_ok=True)
-        if not status:
-            logger.warning("This model is compiled, and calls use its code from now on.")
-        else:
+        if status:
             last = [line for line in lines if line.strip()][-1:] or [f"its process ended with status {status}"]
             self._give_up((), last[0].removeprefix("resps compile: "))
+        else:
+            logger.warning("This model is compiled, and calls use its code from now on.")
 
     def _give_up(self, arguments: tuple[str, ...], reason: str) -> None:
         self._asked.add(arguments)
