@@ -1,4 +1,4 @@
-"""Records texts with a head's drafts, and simulates policies on the recordings. Models run only during recording."""
+"""Records a head's drafts at every position of texts, and simulates policies on the recordings without models."""
 
 from .fitted_policy import fitted_policy
 from .outcomes import HeldOutcomes, OutcomeTable, TextOutcomes

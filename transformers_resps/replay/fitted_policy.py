@@ -11,7 +11,7 @@ from ..policies.throughput import ThroughputPolicy
 from .recorded_text import RecordedText
 
 
-_PRIOR = 1.0  # Weight of the prior that the head's probabilities are right, in observed nodes.
+_PRIOR = 1.0  # Weight, in observed nodes, of the prior assumption that the head's probabilities are right.
 _STEPS = 30  # Steps of Newton's method; a few are enough.
 _MIN_SLOPE = 0.1  # Positive, so that a path with a higher score never gets a lower probability.
 
@@ -38,7 +38,7 @@ def fitted_policy(texts: Sequence[RecordedText], top_k: int = 4, **settings: Any
 
 
 def fit_platt_scaling(scores: Tensor, accepted: Tensor) -> PlattScaling:
-    """Fit a scaling to n paths: `scores` `[n]` are their log probabilities under the head, `accepted` `[n]` is bool.
+    """Fit Platt scaling to n paths: `scores` `[n]` are their log probabilities by the head, `accepted` `[n]` is bool.
 
     Newton's method maximises the likelihood, with a weak prior; without paths the result is the identity.
     """
@@ -55,7 +55,7 @@ def fit_platt_scaling(scores: Tensor, accepted: Tensor) -> PlattScaling:
 
 
 def _outcomes(text: RecordedText, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return n nodes' levels, scores and whether they are right, `[n]` each: all nodes for which the text shows it."""
+    """Return levels, scores and whether the text has the node's path, `[n]` each, of n nodes within the text."""
     if top_k not in text.pools:
         raise ValueError(
             f"The text was recorded with pools of top_k {sorted(text.pools)}, but {top_k} is to be fitted. Record it "

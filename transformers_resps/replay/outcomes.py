@@ -18,7 +18,7 @@ class TextOutcomes:
     """Tokens and seconds of a step with each action (tree shape) at each text position. Seconds must be positive."""
 
     features: Tensor  # [t, F] input of a policy before the step at each position
-    emitted: Tensor  # [t, a] tokens of the step, at least 1 and at most the rest of the text
+    emitted: Tensor  # [t, a] tokens that the step emits, at least 1 and at most the rest of the text
     seconds: Tensor  # [t, a] duration of the step
     grid: ActionGrid | None = None  # the shape of each action, if known
 
@@ -32,7 +32,7 @@ class TextOutcomes:
 
 @dataclass(frozen=True, slots=True)
 class HeldOutcomes:
-    """The outcomes of keeping an action (tree shape) for some steps: `[n]` for one action each, `[n, a]` for all."""
+    """Outcomes of n series of steps, each with one action (tree shape): `[n]` for one action, `[n, a]` for all."""
 
     emitted: Tensor  # tokens of all these steps
     seconds: Tensor  # seconds of all these steps

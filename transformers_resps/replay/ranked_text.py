@@ -1,8 +1,8 @@
 """Computes how many tokens a tree of any shape emits at every position of a recorded text.
 
 A step accepts the longest path of its tree that matches the text, so one recording gives the result of all shapes
-without noise or exploration. The result is exact for greedy decoding. For sampling its distribution is right, because
-a tree does not depend on the target's random draws.
+without noise or exploration. The result is exact for greedy decoding. For sampling, the distribution of the result is
+exact, because a tree does not depend on the target's random draws.
 
 Tensor shapes: t positions, D levels, K values of `top_k`, L levels of lookup, m looked-up nodes, F features.
 """
@@ -24,9 +24,9 @@ from .outcomes import TextOutcomes
 from .recorded_text import RecordedText, open_recording
 
 
-_NEVER = torch.iinfo(torch.int32).max  # Rank of a token that is in no node.
+_NEVER = torch.iinfo(torch.int32).max  # Rank of a token that no node proposes.
 _LOOKED_UP = 16  # Number of looked-up nodes that are ranked; no shape of a grid has more.
-_CONTEXT_BUCKET = 16  # Number of positions with the same assumed costs, since costs vary slowly with the context.
+_CONTEXT_BUCKET = 16  # Number of successive positions that share one cost, since costs vary slowly with the context.
 _TENSORS = ("features", "ranks", "looked_up_ranks", "lookups", "proposed")
 _SIZES = ("context_length", "spare_room", "block_nodes")
 
@@ -36,10 +36,10 @@ class RankedText:
     """A recorded text, reduced to the ranks of its tokens among the head's drafts.
 
     `ranks[., k, d - 1, l - 1]` is the rank by score, from 0, of the text's token at level l in a draft of d levels
-    with the k-th `top_k`. A tree of n nodes contains the ranks below n - 1, so the ranks show what a shape accepts.
+    with the k-th `top_k`. A tree of n nodes contains its root and the n - 1 nodes of the lowest ranks.
     """
 
-    FORMAT: ClassVar[int] = 4  # version of files
+    FORMAT: ClassVar[int] = 4  # version of the file format
 
     features: Tensor  # [t, F] input of a policy before the step at each position, in the target's dtype
     ranks: Tensor  # [t, K, D, D] int32
@@ -91,13 +91,13 @@ class RankedText:
         return self._left - 1 + self.spare_room
 
     def _kept(self, ranks: Tensor, shape: TreeShape) -> Tensor:
-        """Mark, `[t, m]`, the m nodes at t places of a text that a tree of `shape` keeps, by the head's `ranks`."""
+        """Return a mask `[t, m]`: which of m nodes a tree of `shape` contains, by their ranks `[t, K, D, m]`."""
         depth = self._room.clamp(max=shape.depth)  # [t]
         rows = ranks[torch.arange(len(self)), self.top_ks.index(shape.top_k), (depth - 1).clamp(min=0)]
         return (rows < shape.total_tokens - 1) & (depth > 0)[:, None]
 
     def outcomes(self, grid: ActionGrid, costs: CostModel) -> TextOutcomes:
-        """Compute tokens and seconds of every shape at every position; nodes of both head and lookup cost once."""
+        """Compute a step's tokens and seconds with each shape at each position; a node from two sources costs once."""
         emitted = torch.stack([self.emitted(shape) for shape in grid.shapes], dim=1)
         taken = torch.stack([self._seconds(shape, costs) for shape in grid.shapes], dim=1)
         return TextOutcomes(self.features, emitted, taken, grid)
@@ -127,16 +127,16 @@ class RankedText:
 
 
 def depths_of(grid: ActionGrid) -> dict[int, int]:
-    """Return the argument `depths` of `record_pools` for a grid: every `top_k` of its shapes -> its greatest depth."""
+    """Return the argument `depths` of `record_pools` for a grid: maps each `top_k` to the grid's greatest depth."""
     asking = [shape for shape in grid.shapes if shape.asks_head]
     depth = max((shape.depth for shape in asking), default=0)
     return {top_k: depth for top_k in sorted({shape.top_k for shape in asking})}
 
 
 def node_ranks(pool: CandidatePool, tokens: Tensor, parents: Tensor) -> Tensor:
-    """Return each node's rank by score in the pool's first 1, 2, ... D levels: `[r, D, m]` for r roots.
+    """Rank nodes by score among the pool's first 1, 2, ... D levels; return the ranks `[r, D, m]` for r roots.
 
-    `tokens` and `parents` `[r, m]` are m nodes of each root; token -1 means no node. A missing node ranks last.
+    `tokens` and `parents` `[r, m]` are m nodes below each root; -1 as token means no node. Missing nodes rank last.
     """
     scores, levels = pool.scores, pool.levels
     order, depth = torch.arange(len(levels)), int(levels[-1])

@@ -26,8 +26,8 @@ from ..tree import CandidatePool, TreeShape
 from ..verifying.forward import FeatureTap
 
 
-MOST_NODES = 64  # Default number of recorded nodes below a root for block heads: the largest tree of "auto".
-_MAX_QUERIES = 256  # Nodes in one pass of the head.
+MOST_NODES = 64  # Default number of recorded nodes below a root for block heads: the default limit of "auto".
+_MAX_QUERIES = 256  # Maximum number of nodes in one pass of the head.
 _SIZES = ("prompt_length", "spare_room", "block_nodes")
 
 
@@ -35,7 +35,7 @@ _SIZES = ("prompt_length", "spare_room", "block_nodes")
 class RecordedText:
     """A prompt and its output, with the head's drafts at each position after the output's first token."""
 
-    FORMAT: ClassVar[int] = 2  # version of files; recorders put it into file names
+    FORMAT: ClassVar[int] = 2  # version of the file format; file names contain it
 
     input_ids: Tensor  # [s] prompt and output
     prompt_length: int
@@ -49,7 +49,7 @@ class RecordedText:
 
     @classmethod
     def from_recording(cls, text: "RecordedText") -> "RecordedText":
-        """Return `text` itself, as recorders call `from_recording` of this class or of `RankedText`."""
+        """Return `text` itself, so that the same call makes a `RecordedText` or a `RankedText`."""
         return text
 
     @property
@@ -130,7 +130,7 @@ def record_pools(
 def _drafted(
     drafter: Drafter, features: Tensor, tokens: Tensor, start: int, shapes: Sequence[TreeShape]
 ) -> dict[int, CandidatePool]:
-    """Draft `shapes` after every prefix of the text of at least `start` tokens; return a dict of drafts by `top_k`."""
+    """Draft `shapes` after each prefix of at least `start` tokens; return a dict from `top_k` to all these drafts."""
     pools: dict[int, list[CandidatePool]] = {shape.top_k: [] for shape in shapes}
     known = 0
     for length in range(start, tokens.shape[1]):
@@ -149,10 +149,10 @@ def _joined(parts: Sequence[CandidatePool]) -> CandidatePool:
 
 
 class PositionPools:
-    """Drafts from many positions of a text in one pass of a head; a mask shows each node its prefix and its ancestors.
+    """Drafts from many positions of a text in one pass of a head; each node attends to its prefix and its ancestors.
 
-    A head's draft depends only on the prefix, since its cache has only the target's features. `features` `[1, s, F]`
-    has the features at each position of the text, `tokens` `[1, s]` the token after each position.
+    This is exact, because the head's cache holds only entries from the target's features, which all positions share.
+    `features` `[1, s, F]` are the features at each position, `tokens` `[1, s]` the token after each position.
     """
 
     def __init__(self, model: StepModel, features: Tensor, tokens: Tensor) -> None:
@@ -176,7 +176,7 @@ class PositionPools:
         )[0]  # [s, h]
 
     def draft(self, prefixes: Tensor, top_k: int, depth: int) -> Iterator[tuple[Tensor, CandidatePool]]:
-        """Draft after the prefixes of lengths `[n]`; for r prefixes at a time, yield lengths `[r]` and their pools."""
+        """Draft after prefixes of the lengths `prefixes` `[n]`; yield r of the lengths at a time, with their pool."""
         width = min(top_k, self._model.proposable_tokens)
         for part in prefixes.to(self._outputs.device).split(max(1, _MAX_QUERIES // width)):
             root = Root(self._tokens[0, part - 1], self._outputs[part - 1][:, None])
@@ -185,7 +185,7 @@ class PositionPools:
             yield part, grow_pool(first, depth, partial(self._run, part))
 
     def _run(self, prefixes: Tensor, frontier: Frontier, drafted: int, is_last: bool) -> Growth:
-        """Run the head over one level of all roots in one pass: one batch row has the nodes of all roots in turn."""
+        """Run the head over one level of all roots in one pass: one batch row holds all nodes, root by root."""
         roots, width = frontier.tokens.shape
         slots = torch.arange(self._length, device=prefixes.device)
         prefix = (slots < prefixes[:, None]) & (slots >= self._oldest[prefixes])

@@ -1,4 +1,4 @@
-"""Decodes a recorded text again without its target: the text's next token stands in for the target's choice.
+"""Decodes a recorded text again without its target: the text's next token replaces the target's choice.
 
 Each step runs the code of `generate`. The drafts come from a recording, and a cost model replaces the clock; the
 policy's own computation counts as 0 seconds.
@@ -27,7 +27,7 @@ class ReplayedStep:
 
     root: int  # index of the newest token before the step
     proposal: Proposal  # the tree to verify
-    path: list[int]  # nodes along the text's tokens, root first
+    path: list[int]  # the tree's nodes that match the text, root first
 
     @property
     def accepted(self) -> int:
@@ -120,7 +120,7 @@ class RecordedDrafter(Drafter):
         raise NotImplementedError("A recorded text has one row.")
 
     def draft(self, input_ids: Tensor, request: DraftRequest) -> CandidatePool:
-        """Return the recorded draft, cut where the policy stops; raise `ValueError` if its shape was not recorded."""
+        """Return the recorded draft, cut where the policy stops; raise `ValueError` if the shape was not recorded."""
         shape, goes_on = request.shape, request.goes_on
         top_k = min(shape.top_k, shape.total_tokens - 1)
         pool, most = self._text.pools.get(top_k), self._text.block_nodes
