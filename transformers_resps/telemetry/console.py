@@ -11,7 +11,7 @@ from .report import SpeculationReport
 
 
 ACCEPTED = "bold cyan"
-# Control characters in a model's output would control the terminal, so their pictures are printed instead.
+# Control characters in a model's output would control the terminal, so visible symbols are printed instead.
 _PICTURES = {code: chr(0x2400 + code) for code in range(32)} | {0x7F: "\u2421", ord("\t"): "⇥", ord("\n"): "↵"}
 _PICTURES |= {code: "\ufffd" for code in range(0x80, 0xA0)}
 
@@ -34,7 +34,7 @@ def _text(texts: Sequence[Sequence[str]]) -> Text:
 
 
 def _table(report: SpeculationReport, texts: Sequence[Sequence[str]]) -> Table:
-    """Make a table of all steps; separate columns tell accepted tokens from bonus tokens without colour."""
+    """Make a table of all steps; accepted and bonus tokens have a column each, for terminals without colour."""
     table = Table(box=SIMPLE, padding=(0, 1, 0, 0))
     for name in ("step", "shape", "nodes", "draft", "verify", "rest"):
         table.add_column(name, justify="left" if name == "shape" else "right", no_wrap=True)

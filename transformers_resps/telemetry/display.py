@@ -1,4 +1,4 @@
-"""Compute the text that each token adds, and move a progress bar with the forwards of a call of `generate`."""
+"""Compute the text that each token adds, and advance a progress bar with each forward of a call of `generate`."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ from torch import nn
 
 Decode = Callable[[Sequence[int]], str]
 
-_UNFINISHED = "\ufffd"  # What the first bytes of a character decode to while its other bytes are missing.
+_UNFINISHED = "\ufffd"  # The text that an incomplete character decodes to, while some of its bytes are missing.
 
 
 def decoder(tokenizer: Any) -> Decode:
@@ -43,7 +43,7 @@ def decode_after(previous: int, token_id: int, decode: Decode) -> str:
 
 @contextmanager
 def moving(bar: Any, target: nn.Module, rows: int, most_steps: int) -> Iterator[None]:
-    """Move a `tqdm` bar by `rows`: evenly with `most_steps` forwards of `target`, by the rest when the block ends."""
+    """Advance a `tqdm` bar by `rows` in total: evenly over `most_steps` forwards of `target`, the rest at exit."""
     steps = shown = 0
 
     def move(*_: Any) -> None:

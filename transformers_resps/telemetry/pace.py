@@ -14,13 +14,13 @@ from .report import StepRecord
 
 logger = logging.getLogger(f"transformers.{__name__}")
 
-_MANY = 5.0  # Forwards that take so many times their best time are too slow; a doubled context explains only 2.
-_STEPS = 8  # The median of so many steps must be too slow, so that single interruptions cause no warning.
-_ENOUGH = 5  # A best time is a median of so many forwards of the same size.
+_MANY = 5.0  # A forward that takes this many times its best time is too slow; a doubled context explains only 2.
+_STEPS = 8  # The median of this many steps must be too slow, so that single interruptions cause no warning.
+_ENOUGH = 5  # A best time is the lowest median of this many successive forwards of the same size.
 
 
 class Pace:
-    """Warns once if forwards become far slower than the best of equal size, but not if they were slow at first."""
+    """Warns once if forwards become far slower than earlier forwards of equal size; a slow start causes no warning."""
 
     def __init__(self) -> None:
         self._best: dict[Hashable, float] = {}  # settings, sizes and context -> seconds
@@ -29,7 +29,7 @@ class Pace:
         self._has_warned = False
 
     def see(self, record: StepRecord, context: int, threads: int, settings: Hashable) -> None:
-        """Add a step (not the prefill) that began after `context` positions; warn if the newest steps are too slow.
+        """Record a step (not the prefill) that began after `context` positions; warn if the newest steps are too slow.
 
         Times are compared only between steps with equal `settings`; `threads` is the number of CPU threads.
         """

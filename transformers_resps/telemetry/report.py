@@ -1,4 +1,4 @@
-"""The report of a call of `generate`, with a record of each step; and how all published rates are computed."""
+"""The report of a call of `generate`, with a record of each step; and the functions that compute published rates."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -44,7 +44,7 @@ class Timing(NamedTuple):
 
 
 def rate(timed: Iterable[Timed]) -> float:
-    """Return tokens per second: all tokens over all seconds."""
+    """Return tokens per second: the sum of all tokens divided by the sum of all seconds."""
     kept = list(timed)
     return sum(one.tokens for one in kept) / sum(one.seconds for one in kept)
 
@@ -69,7 +69,7 @@ def bootstrap_interval(
 
 
 class Proposed(NamedTuple):
-    """How many accepted nodes, of all rows, came from each source of nodes."""
+    """Numbers of accepted nodes, of all rows together, by the source that proposed them."""
 
     drafter: int = 0  # only by the head or another drafter
     lookup: int = 0  # only by lookup in the text of the call
@@ -92,13 +92,13 @@ class StepRecord:
         drafted: number of nodes that head and lookup proposed.
         verified: number of nodes in the target forward, root included; the maximum over rows.
         accepted: number of drafted tokens that each row accepted; with one row `int(accepted)` works.
-        emitted: number of accepted tokens plus the bonus token of each row; 0 for finished rows.
+        emitted: number of tokens that each row gained: the accepted ones plus the bonus token; 0 for finished rows.
         draft_seconds: time of policy and draft; for the prefill, the pass of head and lookup over the prompt.
         verify_seconds: time of the target forward; on a GPU it includes drafting work that is still running.
         step_seconds: time of the whole step, policy and bookkeeping included.
-        drafted_match: how many of the step's tokens, from the first on, were a path among the head's candidates,
-            verified or not. Ragged batches have one number per row, 0 for finished rows; lockstep has one number, the
-            minimum over rows that gained tokens. It is a single 0 if the policy does not use it.
+        drafted_match: number of the step's first tokens that form a path in the head's whole draft, verified or not.
+            Ragged batches have one number per row, 0 for finished rows; lockstep has one number, the minimum over
+            rows that gained tokens. It is a single 0 if the policy does not use it.
         proposed: numbers of accepted tokens of all rows, by source.
         sizes: number of nodes of each decoded row if the forward computed no padding; else empty.
         pricing: facts, apart from the number of nodes, that determine what the forward costs.
@@ -119,13 +119,13 @@ class StepRecord:
 
     @property
     def computed(self) -> int:
-        """Number of nodes that sets a forward's cost: the largest row's; without padding, all rows' with one root."""
+        """Number of nodes that sets the cost: the largest row's; without padding, one root and all other nodes."""
         nodes = 1 + sum(self.sizes) - len(self.sizes) if self.sizes else self.verified
         return max(nodes, self.pricing.least_nodes)
 
     @property
     def rows_of_a_node(self) -> int:
-        """Number of rows that each get one more node if `computed` rises by one."""
+        """Number of rows that gain a node if `computed` rises by one: all decoded rows, but one without padding."""
         return 1 if self.sizes else self.decoded_rows
 
     @property
@@ -148,7 +148,7 @@ class StepRecord:
 
     @property
     def mean_emitted(self) -> float:
-        """Mean new tokens per row, over rows that had not finished."""
+        """Mean number of new tokens of the rows that had not finished before this step."""
         return self.emitted_total / max(self.decoded_rows, 1)
 
     def to_dict(self) -> dict[str, Any]:
@@ -166,7 +166,7 @@ class SpeculationReport:
         steps: one record per step; the first is the prefill, a plain step over the whole prompt.
         answers: the new token ids of each row, padded after a row's end.
         compile_seconds: seconds of compiling forwards and capturing CUDA graphs; no step includes them.
-        reason: why most steps were plain, as the policy explains it; `None` without an explanation.
+        reason: the policy's explanation why most steps were plain; `None` if the policy gives none.
         why_eager: why steps did not run compiled; `None` if they did.
     """
 
@@ -210,9 +210,9 @@ class SpeculationReport:
         return self.emitted_total / self.seconds if self.seconds > 0 else 0.0
 
     def acceptance(self) -> dict[str, Any]:
-        """Return the fields of vLLM 0.32's `metrics.speculative_decoding`, which AIPerf reads, and two more fields.
+        """Return the fields of vLLM 0.32's `metrics.speculative_decoding`, which AIPerf reads, after two added fields.
 
-        Only the first two, which are added, count the prefill. Verified nodes except the root count as draft tokens.
+        Only these two fields count the prefill. Verified nodes except the root count as draft tokens.
         """
         steps = self.steps[1:]
         accepted = [step.accepted_total for step in steps]
