@@ -56,7 +56,7 @@ class CheckpointFiles:
         return None if path is None else _read_json(path)
 
     def places(self, *candidates: str) -> dict[str, str] | None:
-        """Map tensor names to file names, by the first of the files `candidates` that exists; `None` if none does."""
+        """Return the file of each tensor (name -> file), from the first existing file of `candidates`, or `None`."""
         name = next((name for name in candidates if self._path(name) is not None), None)
         if name is None:
             return None

@@ -84,7 +84,7 @@ class RepositoryFiles:
 
 
 def is_whole(path: Path) -> bool:
-    """Return whether a cached file's content has the hash that is the file's name; true if the name is no hash."""
+    """Return whether the hash of a cached file's content equals the file's name; true if the name is not a hash."""
     if not path.is_symlink():  # it is in a user's folder, or in a cache without links
         return True
     blob = Path(os.readlink(path))  # follow one link only: a blob shared by repositories is a link, too
@@ -101,7 +101,7 @@ def is_whole(path: Path) -> bool:
 
 
 def folder_of(id_or_folder: str | Path) -> Path | None:
-    """Return a local folder's path, or that of a Hub id's snapshot in the cache; `None` if neither exists."""
+    """Return the path of a local folder, or of a Hub id's snapshot in the cache; `None` if neither exists."""
     if Path(id_or_folder).is_dir():
         return Path(id_or_folder)
     try:
@@ -111,7 +111,7 @@ def folder_of(id_or_folder: str | Path) -> Path | None:
 
 
 def file_of(id_or_folder: str | Path, name: str) -> Path | None:
-    """Return a file's path in a local folder, or in the commit of a Hub id that is cached; `None` if it is missing."""
+    """Return the path of file `name` in a local folder or in a Hub id's cached commit; `None` if it is missing."""
     folder = folder_of(id_or_folder)
     if folder is None:
         return None

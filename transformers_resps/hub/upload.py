@@ -30,7 +30,7 @@ _WAYS_OUT = {  # by HTTP status
     412: _CHANGED,
     429: "The Hub is busy: run the same command again later.",
 }
-_BUSY = (429, 503)  # HTTP status: the Hub did nothing, and asks to try again later.
+_BUSY = (429, 503)  # HTTP statuses with which the Hub does nothing and asks to try again later.
 _MAX_TRIES, _MAX_WAIT_SECONDS = 5, 60.0
 
 
@@ -118,7 +118,7 @@ def _explained(repo_id: str) -> Iterator[None]:
 
 
 def _prepared(destination: Destination, existing: Existing, sleep: Callable[[float], None]) -> ModelInfo:
-    """Create repository and branch if missing; raise if a file of `existing.refuse` is there; return its info."""
+    """Create repository and branch if missing, return the repository's info; raise for a file of `existing.refuse`."""
     api, revision = HfApi(token=destination.token), destination.revision
     made = _patiently(lambda: api.create_repo(destination.repo_id, private=destination.private, exist_ok=True), sleep)
     if revision is not None and not revision.startswith("refs/pr"):
@@ -193,7 +193,7 @@ def card_data(target: str | None, tags: Sequence[str], **details: Any) -> ModelC
 
 
 def plain_card(weights: str, tag: str, target: str | None, use: str) -> str:
-    """Return a model card without results; `weights` is their kind ("draft head"), `use` the code that loads them."""
+    """Return a model card without results; `weights` is a kind ("draft head"), `use` is the code that loads them."""
     hub_id = as_hub_id(target)
     title = f"A {weights} for {hub_id}" if hub_id else f"A {weights}"
     return (
