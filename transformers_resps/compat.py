@@ -48,12 +48,12 @@ SELECTS_HIDDEN_STATES = Version("5.23") <= _INSTALLED
 
 _CONFIG_OPTIONS = {"revision", "token", "cache_dir", "local_files_only", "trust_remote_code", "subfolder"}
 
-# What huggingface_hub raises when a connection breaks. Delete when the lowest supported release uses httpx2.
+# The error that huggingface_hub raises when a connection breaks. Delete when the lowest supported release uses httpx2.
 TransportError = httpx.HTTPError
 
 
 class CacheLayer(Protocol):
-    """The type of a filled layer of a `Cache`: all fields that we use, though each kind of layer has only some."""
+    """The type of a filled layer of a `Cache`: all fields that this package uses; each kind of layer has only some."""
 
     keys: "Tensor"  # [b, kv heads, s, hd]
     values: "Tensor"
@@ -68,7 +68,7 @@ class CacheLayer(Protocol):
 
 
 def cache_layers(cache: "Cache") -> list[CacheLayer]:
-    """Return the layers of a decoder's cache, with their type."""
+    """Return the layers of a decoder's cache, typed as `CacheLayer`."""
     return cast(list[CacheLayer], cache.layers)
 
 
@@ -100,12 +100,12 @@ def load_model(name: str, **options: Any) -> Any:
     return model_class.from_pretrained(name, **options)
 
 
-FLAGS_VARIABLE = "RESPS_CPU_FLAGS"  # If set, other CPU flags are ignored, to test as on a weaker CPU.
+FLAGS_VARIABLE = "RESPS_CPU_FLAGS"  # If set, CPU flags that it does not list are ignored, to test as on a weaker CPU.
 _CPU_INFO = Path("/proc/cpuinfo")
 
 
 def cpu_flags() -> set[str]:
-    """Return the CPU's instruction sets by Linux's names; empty if the system does not list them."""
+    """Return the names, as on Linux, of the CPU's instruction sets; empty if the system does not list them."""
     allowed = os.environ.get(FLAGS_VARIABLE)
     return _all_cpu_flags() if allowed is None else _all_cpu_flags() & set(allowed.split())
 

@@ -144,7 +144,7 @@ class CandidatePool:
 
     @classmethod
     def merged(cls, pools: Sequence["CandidatePool"]) -> "CandidatePool":
-        """Join pools for the same roots, on the CPU; of equal paths the first gets the best score, others -inf."""
+        """Join pools of the same roots on the CPU; the first of equal paths gets the best score, the others -inf."""
         levels = torch.cat([pool.levels for pool in pools])
         order = levels.sort(stable=True).indices
         new_places = order.argsort().tolist()
@@ -177,16 +177,16 @@ class CandidatePool:
         return CandidatePool(tokens, parents, scores, pad(self.levels, (0, 1), value=1))
 
     def drafted_match(self, tokens: list[list[int]]) -> list[int]:
-        """Return, for each row of `tokens` `[b, m]`, how many of its first tokens form a path in the pool."""
+        """Return, for each row of `tokens` `[b, m]`, how many first tokens form a path in the pool from the root."""
         rows = zip(self.tokens.tolist(), self.parents.tolist(), tokens, strict=True)
         return [len(followed(*row, -1)) for row in rows]
 
     def nodes_along(self, path: Tensor) -> Tensor:
-        """Return the pool's nodes `[b, m]` on the path of tokens `path` `[b, m]`; -1 from the first missing one on."""
+        """Return the pool's node for each token of `path` `[b, m]`, as indices `[b, m]`; -1 once a node is missing."""
         return self.nodes_of(path, torch.arange(-1, path.shape[1] - 1).expand(path.shape))
 
     def nodes_of(self, tokens: Tensor, parents: Tensor) -> Tensor:
-        """Find another tree's nodes by their paths; return indices in the pool, -1 if missing. Parent -1: the root."""
+        """Return the pool index of each node `[b, m]` of another tree; -1 if its path is missing. Parent -1: root."""
         nodes = tokens.new_full((len(tokens), tokens.shape[1] + 1), -1)  # the root is last, so index -1 finds it
         is_there = torch.zeros_like(nodes, dtype=torch.bool)
         is_there[:, -1] = True
@@ -198,7 +198,7 @@ class CandidatePool:
         return nodes[:, :-1]
 
     def discounted(self, discounts: Sequence[float]) -> "CandidatePool":
-        """Return a copy with a number of `discounts` (see `Policy.discounts`) added to the scores of each level."""
+        """Return a copy with `discounts` (see `Policy.discounts`) added to the scores, one number for each level."""
         if not discounts:
             return self
         of_levels = self.scores.new_tensor(discounts)[(self.levels - 1).clamp(max=len(discounts) - 1)]
@@ -329,7 +329,7 @@ class DraftTree:
         return cls(tokens, parents, ancestors.sum(-1) - 1, ancestors, scores, level_count)
 
     def with_branches(self, rows: Sequence[Branches]) -> "DraftTree":
-        """Add each row's nodes to a copy, on the CPU; equal paths merge, new nodes of probability 0 are dropped."""
+        """Add each row's nodes to a copy on the CPU; equal paths merge, new nodes of probability 0 are left out."""
         own = zip(self.row_sizes, self.tokens.tolist(), self.parents.tolist(), self.scores.tolist(), rows, strict=True)
         joined = [_Nodes(*(part[:size] for part in mine)).with_branches(more) for size, *mine, more in own]
         sizes = [len(row.tokens) for row in joined]
@@ -346,7 +346,7 @@ class DraftTree:
         return DraftTree(tokens, parents, distances, ancestors, scores, max(map(max, depths)), proposers, sizes)
 
     def below(self, root: Tensor) -> "DraftTree":
-        """Return a copy on the device of the tokens `root` `[b]`, which become its root. Takes only one transfer."""
+        """Return a copy with the tokens `root` `[b]` as root, on their device; one transfer copies all tensors."""
         if self.node_count == 1:
             return DraftTree.root_only(root)
         own = [self.tokens, self.parents, self.depths, self.scores, self.ancestors]
@@ -411,7 +411,7 @@ def _lines(rows: Sequence[Sequence[int]]) -> tuple[list[list[int]], Tensor]:
 def first_children(
     sizes: Sequence[int], parents: list[list[int]], tokens: list[list[int]]
 ) -> list[dict[tuple[int, int], int]]:
-    """Map, for each row, (parent, token) to the first child with that token, among the row's first `sizes` nodes."""
+    """Return a dict per row that maps (parent, token) to the first such child; nodes from `sizes` on are padding."""
     return [  # reversed, so that the first of equal children wins
         {(above[node], own[node]): node for node in range(size - 1, 0, -1)}
         for size, above, own in zip(sizes, parents, tokens, strict=True)
@@ -431,7 +431,7 @@ class _Nodes:
         (self._children,) = first_children([len(tokens)], [parents], [tokens])
 
     def with_branches(self, more: Branches) -> "_Nodes":
-        """Add nodes, except new ones of probability 0; equal paths merge, with the best score and all flags."""
+        """Add nodes, except new ones of probability 0; equal paths merge and keep the best score and all flags."""
         new: list[int] = []  # index in this tree of each node of `more`
         all_flags = more.proposers or [LOOKED_UP] * len(more.tokens)
         for token, parent, prob, flags in zip(*more[:3], all_flags, strict=True):
