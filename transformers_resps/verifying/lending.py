@@ -31,7 +31,7 @@ class _Loan:
 
 
 class Lent:
-    """Changes attributes during calls that may overlap in threads.
+    """Changes attributes while calls run; calls of several threads may overlap.
 
     The last call that ends restores the original value, unless other code has set the attribute meanwhile.
     """

@@ -30,7 +30,7 @@ Masks = Tensor | dict[str | None, Tensor | None] | None
 
 @dataclass(frozen=True, slots=True)
 class AttentionPattern:
-    """Says which keys a query attends to, given the positions of both; all layers of one type share a pattern."""
+    """Defines which keys a query attends to, by the positions of both; all layers of one type share a pattern."""
 
     window: int | None = None  # number of positions that a query sees, up to its own; `None`: all
     is_causal: bool = True  # whether a query sees no later position

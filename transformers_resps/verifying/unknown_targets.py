@@ -22,7 +22,7 @@ COMPARED = frozenset(
 )
 FAILURES = (TypeError, ValueError, RuntimeError, AttributeError, AssertionError, IndexError)
 _LOGIT_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2}
-_LOW_PRECISION_LOGIT_TOLERANCE = 0.25  # times the largest logit; wrong masks cause far more
+_LOW_PRECISION_LOGIT_TOLERANCE = 0.25  # share of the largest logit; wrong masks cause far larger differences
 
 
 def check_tree_attention(make_forward: Callable[[], TargetForward]) -> None:
@@ -118,7 +118,7 @@ def check_same_bits(target: PreTrainedModel, make_verifier: Callable[[Tensor], V
 
 @torch.no_grad()
 def _has_same_bits(target: PreTrainedModel, make_verifier: Callable[[Tensor], Verifier]) -> bool:
-    """Whether logits have equal bits: for a prompt in chunks or at once, for a path's nodes alone or in a tree."""
+    """Whether logits have the same bits for a prompt at once and in chunks, and for nodes in a tree and one by one."""
     most = last_position(target.config, 0)
     length = 80 if most is None else min(80, most - 4)  # 80: 16 tokens more than a block of keys
     tokens = torch.arange(1, length + 6, device=target.device).remainder(target.config.get_text_config().vocab_size)

@@ -83,10 +83,10 @@ class BlockLayout(NamedTuple):
 
     @classmethod
     def of_sizes(cls, roots: Tensor, depths: Tensor, ancestors: Tensor, asking: int, blocks: int, levels: int) -> Self:
-        """Make the layout of a tree's last nodes, on any device and without a transfer to the host.
+        """Make the layout for the last nodes of a tree, on any device and without a transfer to the host.
 
-        A forward computes the `asking` last nodes; earlier nodes' entries are in their slots. There are `blocks`
-        shared blocks, and a group for each computed node at each of `levels` levels (at least `levels_below`).
+        The forward computes only the last `asking` nodes; the cache already holds the earlier ones. The layout has
+        `blocks` shared blocks, and a group per computed node at each of `levels` levels (at least `levels_below`).
         """
         rows, count = depths.shape
         order, border = torch.arange(count, device=depths.device), roots // BLOCK * BLOCK
@@ -179,7 +179,7 @@ class _QueryRows(NamedTuple):
 
 
 class _OwnReads(NamedTuple):
-    """The query rows of all groups, and the entries of their paths' blocks."""
+    """The query rows of all groups, and indices of the cache entries in the block that each group queries."""
 
     rows: _QueryRows
     entries: Tensor  # [g * b * kv heads * BLOCK], indices of the blocks' entries among [b * kv heads * slots]
@@ -201,16 +201,16 @@ class _LayerReads(NamedTuple):
 
 
 class BlockReads:
-    """Makes a layout's query rows and masks, once for all equal layers; nodes have `places` `[b, n]` in the text."""
+    """Makes a layout's query rows and masks, once for all equal layers; `places` `[b, n]` are its nodes' places."""
 
     def __init__(self, layout: BlockLayout, places: Tensor, dtype: torch.dtype) -> None:
         self.layout, self._places, self._dtype = layout, places, dtype
         self._known: list[tuple[Tensor, int, int, _LayerReads]] = []
 
     def mask(self, pattern: AttentionPattern) -> Tensor:
-        """Make the additive mask of a layer type, `[b, 1, n * blocks + g * _ROWS, BLOCK]`: shared blocks, then groups.
+        """Make the additive mask of a layer type: rows for nodes times shared blocks, then for the groups' query rows.
 
-        Some targets pass a view of this mask to their attention.
+        It is `[b, 1, n * blocks + g * _ROWS, BLOCK]`. Some targets pass a view of this mask to their attention.
         """
         layout = self.layout
         shared = self._shown(layout.shared, self._places[..., None, None], layout.ends[..., None, None] - 1, pattern)
