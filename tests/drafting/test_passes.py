@@ -15,6 +15,7 @@ from transformers_resps import DraftHead, TreeShape
 from transformers_resps.drafting import Committed, DraftCache, DraftRequest
 from transformers_resps.drafting.model_drafter import ModelDrafter
 from transformers_resps.drafting.passes import LevelDraft
+from transformers_resps.drafting.step_model import likeliest
 from transformers_resps.heads import BoundHead
 from transformers_resps.tree import DraftTree
 
@@ -116,3 +117,21 @@ def test_rows_of_unequal_lengths_and_padding_are_values_too(target: PreTrainedMo
         expected = alone.draft(NEWEST, DraftRequest(shape))
         assert pool.tokens[row].tolist() == expected.tokens[0].tolist()
         torch.testing.assert_close(pool.scores[row], expected.scores[0])
+
+
+@pytest.mark.parametrize(("tokens", "count"), [(8192, 4), (12_300, 8), (9_000, 150), (500, 3)])
+def test_the_likeliest_tokens_are_those_with_the_largest_log_probabilities(tokens: int, count: int) -> None:
+    logits = torch.randperm(6 * tokens, generator=torch.manual_seed(0)).view(2, 3, tokens) / tokens
+    sorted_scores, order = logits.log_softmax(-1).sort(dim=-1, descending=True)
+    values, ids = likeliest(logits, count)
+    assert torch.equal(values, sorted_scores[..., :count])
+    assert torch.equal(ids, order[..., :count])
+
+
+def test_a_token_of_no_probability_still_has_an_id_of_the_vocabulary() -> None:
+    logits = torch.full((1, 1, 8200), -torch.inf)
+    logits[..., 8100] = 0.0
+    values, ids = likeliest(logits, 3)
+    assert values.tolist() == [[[0.0, -torch.inf, -torch.inf]]]
+    assert ids[0, 0, 0] == 8100
+    assert ids.max() < 8200

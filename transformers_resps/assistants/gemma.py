@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..drafting import ALL, DraftCache, Entries, Places, StepModel, Wanted
+from ..drafting.step_model import likeliest
 from ..verifying.forward import decoder_layers
 from ..verifying.masks import layer_types
 from ..verifying.verifier import TargetEntries, Verifier
@@ -144,7 +145,7 @@ class _Queries(StepModel):
         if self._embedder is None:
             return super().children(output, top_k, depth)
         tokens = self._nearest(output)
-        scores, best = self._scores(output, tokens).log_softmax(dim=-1).topk(min(top_k, tokens.shape[-1]), dim=-1)
+        scores, best = likeliest(self._scores(output, tokens), min(top_k, tokens.shape[-1]))
         return tokens.gather(-1, best), scores
 
     def _nearest(self, output: Tensor) -> Tensor:

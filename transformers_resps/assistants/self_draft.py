@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from ..compilation.few_bits import Codes, few_bits
 from ..compilation.kernels import reads_few_bits
 from ..drafting import Committed, DraftCall, Drafter, DraftRequest, DraftSource
+from ..drafting.step_model import likeliest
 from ..tree import CandidatePool, TreeShape
 from ..verifying.hybrids import is_recurrent
 from ..verifying.slots.steps import RoundedSteps
@@ -81,7 +82,7 @@ class SelfDrafter(Drafter):
         parent, width = -1, request.shape.top_k
         found = list[tuple[Tensor, Tensor, int]]()
         for level in range(request.shape.depth):
-            scores, ids = self._steps.logits(tokens, level).log_softmax(dim=-1).topk(width, dim=-1)
+            scores, ids = likeliest(self._steps.logits(tokens, level), width)
             before = before + scores
             found.append((ids, before, parent))
             parent, tokens, before = level * width, ids[:, 0], before[:, :1]

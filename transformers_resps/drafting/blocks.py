@@ -19,7 +19,7 @@ from ..verifying.masks import AttentionPattern
 from .cache import Entries
 from .passes import Draft, FirstPass, RunPass
 from .pool_growth import Root, numbered
-from .step_model import Places, StepModel
+from .step_model import Places, StepModel, likeliest
 from .text import Prefix
 
 
@@ -80,7 +80,7 @@ class BlockModel(StepModel):
         `slots` come from `fill`. By default each level has its k likeliest tokens as candidates, whose scores do
         not depend on the parent. `ranks` `[k]`, 0 or -inf, is added to the scores of a node's children, best first.
         """
-        scores, best = slots.logits.log_softmax(-1).topk(ranks.shape[0], dim=-1)  # [b, D, k]
+        scores, best = likeliest(slots.logits, ranks.shape[0])  # [b, D, k]
         scores = (scores + ranks)[:, :, None]
         return Branching(self.target_ids(best), lambda level, chosen, state: (scores[:, level], state))
 

@@ -19,6 +19,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from ..drafting import ALL, Entries, FileReading, Places, Wanted, at_wanted
 from ..drafting.blocks import BlockModel, BlockSlots, Branching, Masks
+from ..drafting.step_model import likeliest
 from ..tree import TreeShape
 from ..verifying.masks import AttentionPattern
 from .config import BlockHeadConfig
@@ -378,11 +379,11 @@ class BoundBlockHead(BlockModel, BoundModel):
     def branching(self, slots: BlockSlots, root: Tensor, ranks: Tensor) -> Branching:
         correction, logits = self.head.correction, slots.logits
         if correction is None:
-            scores, best = logits.log_softmax(-1).topk(ranks.shape[0], dim=-1)  # [b, D, k]
+            scores, best = likeliest(logits, ranks.shape[0])  # [b, D, k]
             scores = self._sure((scores + ranks)[:, :, None], slots.hidden[:, :, None])
             return Branching(self.target_ids(best), lambda level, chosen, state: (scores[:, level], state))
         # Correct only a slot's likeliest tokens (candidates), and keep the sum of their probabilities.
-        base, candidates = logits.log_softmax(-1).topk(correction.candidates, dim=-1)  # [b, D, m]
+        base, candidates = likeliest(logits, correction.candidates)  # [b, D, m]
         mass = base.logsumexp(-1)
         tokens, rows = self.target_ids(candidates), F.embedding(candidates, correction.table)  # [b, D, m, r]
         # Embeddings of the tokens that may come before each slot: [b, D, m, r].
