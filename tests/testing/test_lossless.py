@@ -27,12 +27,7 @@ from transformers_resps.decoding.acceptance import Acceptance, accept
 from transformers_resps.decoding.text import Text
 from transformers_resps.policies.auto import PolicyCache
 from transformers_resps.testing import lossless
-from transformers_resps.testing.comparison import (
-    SAMPLED,
-    ComparedCall,
-    ModelUnderTest,
-    compare,
-)
+from transformers_resps.testing.comparison import SAMPLED, ComparedCall, ModelUnderTest, compare
 from transformers_resps.testing.distribution import check_distribution
 from transformers_resps.testing.divergence import MAX_SPACINGS, spacing_at
 from transformers_resps.testing.lossless import built_in_prompts

@@ -240,18 +240,12 @@ CASES = {
         [standing("auto", 4, (0.97, 0.95, 0.99)), standing("best fixed 4/3/1", 3, (0.8, 0.7, 0.9), BEHIND)],
         "Speculation does not pay ",
     ),
-    "a gain within noise is none": (
-        [standing("auto", 4, (1.04, 0.98, 1.1))],
-        "Decode plainly",
-    ),
+    "a gain within noise is none": ([standing("auto", 4, (1.04, 0.98, 1.1))], "Decode plainly"),
     "a simpler method that is not surely better than plain does not replace one that is": (
         [standing("prompt lookup", 1, (1.1, 0.7, 1.6), WITHIN), standing("auto", 4, (1.2, 1.1, 1.3))],
         "Use auto: 1.20 ",
     ),
-    "nothing to compare": (
-        [],
-        "Nothing was compared",
-    ),
+    "nothing to compare": ([], "Nothing was compared"),
 }
 
 

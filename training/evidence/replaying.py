@@ -14,14 +14,7 @@ from transformers_resps.policies.action_grid import ActionGrid
 from transformers_resps.policies.costs import CostModel, CostTable
 from transformers_resps.policies.resps import ReSpSPolicy
 from transformers_resps.policies.throughput import ThroughputPolicy
-from transformers_resps.replay import (
-    OutcomeTable,
-    RankedText,
-    RecordedText,
-    depths_of,
-    record_pools,
-    replay_policy,
-)
+from transformers_resps.replay import OutcomeTable, RankedText, RecordedText, depths_of, record_pools, replay_policy
 from transformers_resps.tools.methods import Bench, Method, Prompt
 
 from .experiments import AUTO, FIXED, ORACLE, PLAIN, Experiment
