@@ -42,20 +42,11 @@ NEEDED = ["--target", "a", "--head", "b", "--dataset", "c"]
 
 
 def run(folder: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
-    given = {
-        "target": folder / "target",
-        "head": folder / "head",
-        "dataset": folder / "prompts.jsonl",
-        "output_dir": folder / "run",
-        "max_completion_length": 24,
-        "max_steps": 16,
-        "save_steps": 8,
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "drop_hopeless": False,  # the tiny target's clock decides nothing here
-        **options,
-    }
-    arguments = [part for name, value in given.items() for part in (f"--{name}", str(value))]
+    given = {"target": folder / "target", "head": folder / "head", "dataset": folder / "prompts.jsonl"}
+    given |= {"output_dir": folder / "run", "max_completion_length": 24, "max_steps": 16, "save_steps": 8}
+    given |= {"use_cpu": True, "disable_tqdm": True}
+    given |= {"drop_hopeless": False}  # the tiny target's clock decides nothing here
+    arguments = [part for name, value in (given | options).items() for part in (f"--{name}", str(value))]
     monkeypatch.setattr(sys, "argv", ["train_policy.py", *arguments])
     SCRIPT["main"]()
 
