@@ -274,9 +274,7 @@ _GRIDS = [
     _grid("glm46v", {"model_type": "glm4v_text"}, tower={"model_type": "glm4v_vision"}, **_ONLY_IMAGES),
     _grid("glm_ocr", **_ONLY_IMAGES),
     _grid(
-        "cosmos3_edge",
-        config={"projector_hidden_size": 32},
-        media={"I": _images(12), "V": _videos(12, apart=True)},
+        "cosmos3_edge", config={"projector_hidden_size": 32}, media={"I": _images(12), "V": _videos(12, apart=True)}
     ),
     _grid("cosmos3_omni", {"model_type": "qwen3_vl_text"}, tower={"model_type": "qwen3_vl_vision"}, **_FRAMES, seed=3),
     _grid(

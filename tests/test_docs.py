@@ -49,38 +49,47 @@ QUICKLY = {
 }
 
 
-@pytest.fixture
-def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder in which the pages' paths and names exist, all tiny; the working directory of the test."""
-    monkeypatch.setattr("transformers_resps.calibration.HF_HOME", str(tmp_path / "cache"))
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which the pages' paths and names exist, all tiny; copy it before you change it."""
+    folder = tmp_path_factory.mktemp("desk")
     target = Architecture("llama", {"max_position_embeddings": 1024}).build("sdpa").float()
-    target.save_pretrained(tmp_path / "target")
+    target.save_pretrained(folder / "target")
     torch.manual_seed(1)
-    DraftHead.from_target(target, draft_vocab_size=12).save_pretrained(tmp_path / "head-run" / "head")
-    DraftHead.from_target(target, draft_vocab_size=12).save_pretrained(tmp_path / "given")
-    FixedPolicy(TreeShape(4, 2, 2)).save_pretrained(tmp_path / "policy-run" / "policy")
+    DraftHead.from_target(target, draft_vocab_size=12).save_pretrained(folder / "head-run" / "head")
+    DraftHead.from_target(target, draft_vocab_size=12).save_pretrained(folder / "given")
+    FixedPolicy(TreeShape(4, 2, 2)).save_pretrained(folder / "policy-run" / "policy")
     tokenizer = templated(ON_ONE_LINE)
-    tokenizer.save_pretrained(tmp_path / "target")
+    tokenizer.save_pretrained(folder / "target")
     words = ("fghi", "gh", "hifgh", "ifgf", "jklm", "nopqr", "defg", "mnbd")
     rows = [{"prompt_id": word, "prompt": word, "completion": 3 * word} for word in words]
     for name in ("prompts.jsonl", "other.jsonl"):
-        (tmp_path / name).write_text("\n".join(map(json.dumps, rows)))
+        (folder / name).write_text("\n".join(map(json.dumps, rows)))
     roles = (("user", "prompt"), ("assistant", "completion"))
     answers = [
         {"prompt_id": row["prompt"], "messages": [{"role": role, "content": row[said]} for role, said in roles]}
         for row in rows
     ]
-    (tmp_path / "answers.jsonl").write_text("\n".join(map(json.dumps, answers)))
-    save_with_mtp(tmp_path / "with-mtp")
-    tokenizer.save_pretrained(tmp_path / "with-mtp")
-    image_target().save_pretrained(tmp_path / "seeing")
-    image_processor().save_pretrained(tmp_path / "seeing")
-    picture().save(tmp_path / "photo.jpg")
+    (folder / "answers.jsonl").write_text("\n".join(map(json.dumps, answers)))
+    save_with_mtp(folder / "with-mtp")
+    tokenizer.save_pretrained(folder / "with-mtp")
+    image_target().save_pretrained(folder / "seeing")
+    image_processor().save_pretrained(folder / "seeing")
+    picture().save(folder / "photo.jpg")
     photos = [{"images": ["photo.jpg"], "prompt": parts(turns(word), images=1)} for word in words]
-    (tmp_path / "photos.jsonl").write_text("\n".join(map(json.dumps, photos)))
-    copytree(ROOT / "model_cards" / "smollm2-135m-instruct-head", tmp_path / "artefact")
-    (tmp_path / "training").symlink_to(ROOT / "training")
+    (folder / "photos.jsonl").write_text("\n".join(map(json.dumps, photos)))
+    copytree(ROOT / "model_cards" / "smollm2-135m-instruct-head", folder / "artefact")
+    (folder / "training").symlink_to(ROOT / "training")
+    return folder
+
+
+@pytest.fixture
+def desk(pristine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the pristine folder; the working directory of the test."""
+    monkeypatch.setattr("transformers_resps.calibration.HF_HOME", str(tmp_path / "cache"))
+    copytree(pristine, tmp_path, symlinks=True, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
+    torch.manual_seed(1)
     return tmp_path
 
 

@@ -94,11 +94,7 @@ def finished_ids(output: Path) -> set[str]:
 
 
 def batches(
-    prompts: Sequence[Asked],
-    length: Callable[[Asked], int],
-    temperatures: Sequence[float],
-    batch_size: int,
-    seed: int,
+    prompts: Sequence[Asked], length: Callable[[Asked], int], temperatures: Sequence[float], batch_size: int, seed: int
 ) -> list[tuple[float, list[Asked]]]:
     """Group prompts by temperature and length, in random order: a run that stops early has seen every length.
 

@@ -57,8 +57,7 @@ class HeadScriptArguments:
         metadata={"help": "Maximum held-out conversations of the first dataset to evaluate; 0: train on all."},
     )
     card: dict[str, Any] = field(
-        default_factory=dict,
-        metadata={"help": "Facts for the card that no run can know, see training/PUBLISHING.md."},
+        default_factory=dict, metadata={"help": "Facts for the card that no run can know, see training/PUBLISHING.md."}
     )
 
 

@@ -8,21 +8,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.gemma4 import Gemma4TextConfig
 from transformers.models.gemma4_assistant import Gemma4AssistantConfig, Gemma4AssistantForCausalLM
 
+from tests.targets import SIZES
+
 
 VOCABULARY, WINDOW = 24, 64
-_SIZES: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "intermediate_size": 48,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "global_head_dim": 16,
-    "max_position_embeddings": 256,
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": 0,
-    "sliding_window": WINDOW,
-}
+_SIZES = SIZES | {"vocab_size": VOCABULARY, "global_head_dim": 16, "sliding_window": WINDOW}
 KINDS = ["sliding_attention", "full_attention"]
 
 

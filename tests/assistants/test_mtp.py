@@ -216,12 +216,7 @@ REFUSED: dict[str, tuple[str, Callable[[Raw], Raw], dict[str, Any], str]] = {
     "FP8 without scales": ("DeepSeek-V3", as_fp8, {}, "FP8 without a scale for each block of 128 x 128"),
     "another hidden size": ("GLM-4.6", dict, {"hidden_size": 48}, r"need hidden_size 48 \(the target: 32\)"),
     "another vocabulary": ("GLM-4.6", dict, {"vocab_size": 99}, r"need vocab_size 99 \(the target: 64\)"),
-    "more layers stated": (
-        "GLM-4.6",
-        dict,
-        {"num_nextn_predict_layers": 3},
-        "3 MTP layers, but its files hold 1",
-    ),
+    "more layers stated": ("GLM-4.6", dict, {"num_nextn_predict_layers": 3}, "3 MTP layers, but its files hold 1"),
     "DeepSeek-V4": ("GLM-4.6", renamed("eh_proj", "e_proj"), {}, "hyper-connections.*DeepSeek-V4"),
     "Qwen4": ("Qwen3.5", renamed("mtp.fc.", "mtp.fc_embedding."), {}, "hyper-connections.*Qwen4"),
     "Nemotron": ("MiMo-V2-Flash", renamed("self_attn", "mixer"), {}, "several layers of different kinds"),

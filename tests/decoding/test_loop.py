@@ -9,9 +9,7 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
-from transformers import (
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 
 from tests.conftest import FakeClock
 from tests.lossless.answering import both

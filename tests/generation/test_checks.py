@@ -333,10 +333,7 @@ def test_a_bad_input_is_refused_before_any_work(
 ) -> None:
     target, prompt = seeing
     ids = prompt["input_ids"]
-    made = {
-        "ints": prompt["pixel_values"].long(),
-        "only placeholders": torch.full_like(ids, IMAGE),
-    }
+    made = {"ints": prompt["pixel_values"].long(), "only placeholders": torch.full_like(ids, IMAGE)}
     changed = {name: made[value] if isinstance(value, str) else value for name, value in changes.items()}
     if "pixel_values" in changed and changed["pixel_values"] is None:
         prompt = {name: prompt[name] for name in ("input_ids", "attention_mask")}

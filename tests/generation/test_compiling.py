@@ -639,9 +639,7 @@ def test_a_wrong_or_useless_compile_is_refused(target: PreTrainedModel, options:
 
 
 @needs_compiler
-def test_inductor_compiles_target_and_levels_with_their_weights_inside_once(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_inductor_compiles_target_and_levels_with_their_weights_inside_once(caplog: pytest.LogCaptureFixture) -> None:
     """The real compiler, on one layer: sizes and rows that were not there when it was compiled."""
     torch._dynamo.utils.counters.clear()
     target = attach(Architecture("llama", {"num_hidden_layers": 1}).build("sdpa").float())

@@ -13,15 +13,7 @@ from peft import LoraConfig, get_peft_model
 
 from tests.decoding.rows import Noted
 from tests.targets import Architecture
-from transformers_resps import (
-    DraftHead,
-    FixedPolicy,
-    TreeShape,
-    assert_lossless,
-    attach,
-    calibrate,
-    detach,
-)
+from transformers_resps import DraftHead, FixedPolicy, TreeShape, assert_lossless, attach, calibrate, detach
 from transformers_resps.generation.keywords import SpeculationDefaults
 from transformers_resps.generation.mixin import ReSpSGenerationMixin
 from transformers_resps.tools.doctor import write_answers

@@ -98,11 +98,7 @@ def nested(layer: dict[str, Any], **fields: Any) -> dict[str, Any]:
     }
 
 
-MODELOPT_FLAGS = {
-    "use_input_layernorm_in_first_layer": True,
-    "use_last_layernorm": True,
-    "use_mtp_layernorm": False,
-}
+MODELOPT_FLAGS = {"use_input_layernorm_in_first_layer": True, "use_last_layernorm": True, "use_mtp_layernorm": False}
 LLAMA = ["LlamaForCausalLM"]
 
 CASES = [

@@ -90,23 +90,11 @@ def test_its_best_path_is_the_chain_of_transformers(target: PreTrainedModel, win
     from transformers_resps.assistants import source_of
     from transformers_resps.drafting import Committed, DraftCall, DraftRequest
 
-    config = modeling.MuseGlimmerAssistantConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        block_size=5,
-        mask_token_id=63,
-        target_layer_ids=[0, 2],
-        sliding_window=window,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-        initializer_range=0.3,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
+    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3, "sliding_window": window}
+    sizes |= {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
+    tokens = {"mask_token_id": 63, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    config = modeling.MuseGlimmerAssistantConfig(**sizes, **tokens, block_size=5, target_layer_ids=[0, 2])
     torch.manual_seed(0)
     model = modeling.MuseGlimmerAssistantModel(config).eval()
     chain = DFlashTokenCandidateGenerator(

@@ -188,10 +188,7 @@ def followed_by(text: Tensor, token: int) -> Tensor:
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        (
-            lambda text: followed_by(text, 64),
-            r"returned the token 64, but the target knows 0 to 63",
-        ),
+        (lambda text: followed_by(text, 64), r"returned the token 64, but the target knows 0 to 63"),
         (lambda text: followed_by(text, -1), r"returned the token -1"),
         (lambda text: text.expand(2, -1), r"Answers returned a tensor \[2, \d+\] for one text"),
         (lambda text: text + 1, r"Answers returned another text than it was given"),

@@ -119,11 +119,7 @@ def test_the_answer_to_embeddings_streams(
 @pytest.mark.parametrize("rows", [1, 2])
 @pytest.mark.parametrize("as_tokens", [False, True], ids=["embeddings again", "tokens"])
 def test_a_conversation_that_began_with_embeddings_goes_on(
-    target: PreTrainedModel,
-    head: DraftHead,
-    prompts: Prompts,
-    rows: int,
-    as_tokens: bool,
+    target: PreTrainedModel, head: DraftHead, prompts: Prompts, rows: int, as_tokens: bool
 ) -> None:
     whole = prompts["padded with their tokens"]
     ids, embeds = whole["input_ids"][:rows], whole["inputs_embeds"][:rows]

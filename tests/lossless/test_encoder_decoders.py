@@ -23,7 +23,7 @@ from transformers.generation.utils import GenerateEncoderDecoderOutput
 
 from tests.decoding.rows import Noted
 from tests.lossless.answering import Heard
-from tests.targets import VOCABULARY, Architecture
+from tests.targets import SIZES, VOCABULARY, Architecture
 from transformers_resps import DraftHead, TreeShape, assert_lossless, attach
 from transformers_resps.compat import CACHE_KEYWORD
 from transformers_resps.generation.keywords import SpeculationDefaults
@@ -58,19 +58,8 @@ T5 = {
 }
 SPEECH = {**LAYERS, "num_mel_bins": 8, "max_source_positions": 32, "max_target_positions": 64}
 LED = {"attention_window": 4, "max_encoder_position_embeddings": 64, "max_decoder_position_embeddings": 64}
-MODULE = {
-    **TOKENS,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "query_pre_attn_scalar": 8,
-    "sliding_window": 8,
-    "layer_types": ["sliding_attention", "full_attention"],
-    "initializer_range": 0.6,
-}
+WINDOWS = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+MODULE = SIZES | TOKENS | WINDOWS | {"num_hidden_layers": 2, "query_pre_attn_scalar": 8, "initializer_range": 0.6}
 CONFIGS: dict[str, dict[str, Any]] = {
     "t5": T5,
     "mt5": T5,
@@ -204,14 +193,11 @@ class Quoting(LogitsProcessor):
 @pytest.mark.parametrize("rows", [1, 2])
 def test_a_text_that_quotes_its_source_takes_few_steps(rows: int) -> None:
     """Of a source without a repetition the text alone says nothing."""
-    target, ids = (
-        target_of("t5"),
-        torch.tensor([[9, 4, 16, 11, 3, 7, 18, 5, 13, 6], [8, 3, 12, 10, 14, 4, 9, 17, 0, 0]]),
-    )
+    ids = torch.tensor([[9, 4, 16, 11, 3, 7, 18, 5, 13, 6], [8, 3, 12, 10, 14, 4, 9, 17, 0, 0]])
     inputs = {"input_ids": ids[:rows], "attention_mask": (ids > 0).long()[:rows]}
     rows_quoted = [row[row > 0].tolist() for row in ids[:rows]]
     processor, policy = LogitsProcessorList([Quoting(rows_quoted)]), Chains()
-    plain, found = both(target, inputs, policy, logits_processor=processor, max_new_tokens=8)
+    plain, found = both(target_of("t5"), inputs, policy, logits_processor=processor, max_new_tokens=8)
     assert found.tolist() == plain.tolist() == [[1, *row[:8]] for row in rows_quoted]
     assert len(policy.steps) <= 3
 

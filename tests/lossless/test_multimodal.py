@@ -92,14 +92,8 @@ def test_a_second_turn_goes_on_from_the_returned_cache(
 
 # Prompts that mix text, images, videos and sounds in every way, and calls that read them in unusual ways.
 LOOKUPS = FixedPolicy(TreeShape(1, 0, 1, lookup=6))
-OFTEN = (
-    "qwen3_vl",
-    "gemma3",
-    "paligemma",
-    "idefics3",
-    "exaone4_5",
-    "qwen2_audio",
-)  # each reads a prompt in its own way
+# Each of these reads a prompt in its own way.
+OFTEN = ("qwen3_vl", "gemma3", "paligemma", "idefics3", "exaone4_5", "qwen2_audio")
 MIXED = {
     "two media and one": ("..xx..", ".x."),
     "one and none": (".x..", "......."),

@@ -70,19 +70,9 @@ def train(tmp_path: Path) -> Callable[..., Training]:
         model: Any = Architecture("llama", sizes).build("sdpa", seed).float()
         model.model.layers[0].mlp.register_forward_hook(lambda _, __, output: found.dtypes.add(output.dtype))
         letters = "defghijklmnopqrs"
-        args = config(
-            output_dir=str(tmp_path),
-            max_steps=3,
-            per_device_train_batch_size=ROWS,
-            learning_rate=1e-3,
-            logging_steps=1,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            use_cpu=True,
-            bf16=bf16,
-            seed=7,
-        )
+        steps = {"max_steps": 3, "per_device_train_batch_size": ROWS, "learning_rate": 1e-3, "logging_steps": 1}
+        quiet = {"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "use_cpu": True}
+        args = config(output_dir=str(tmp_path), **steps, **quiet, bf16=bf16, seed=7)
         trained = trainer(
             model=attach(model, **given) if given else model,
             reward_funcs=found.reward,

@@ -142,14 +142,7 @@ def test_a_fitted_policy_is_saved_with_its_guard_and_loaded_by_type(tmp_path: Pa
 
 @pytest.mark.parametrize(
     "saved",
-    [
-        [[0.0, 1e30]] * 4,
-        [[-1e30, 1.0]] * 4,
-        [[math.nan, 1.0]] * 4,
-        [[0.1, 0.9, 1.0]] * 4,
-        [0.1],
-        None,
-    ],
+    [[[0.0, 1e30]] * 4, [[-1e30, 1.0]] * 4, [[math.nan, 1.0]] * 4, [[0.1, 0.9, 1.0]] * 4, [0.1], None],
     ids=["slope", "intercept", "nan", "three columns", "one number", "missing"],
 )
 def test_weights_that_no_fit_gives_are_refused(saved: list[list[float]] | None, tmp_path: Path) -> None:

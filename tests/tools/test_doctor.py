@@ -227,9 +227,7 @@ def test_the_command_prints_a_table_and_leaves_by_the_verdict(
     assert "resps doctor:" in capsys.readouterr().err
 
 
-def test_the_first_verdict_is_of_few_short_answers_and_the_last_is_that_of_all(
-    pair: Pair,
-) -> None:
+def test_the_first_verdict_is_of_few_short_answers_and_the_last_is_that_of_all(pair: Pair) -> None:
     target, folder, answers = pair
     asked = []
 

@@ -148,11 +148,7 @@ def test_no_difference_is_explained_in_the_invariant_mode() -> None:
     ],
 )
 def test_what_cannot_be_inspected_is_refused_by_name(
-    folders: tuple[str, str],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    arguments: list[str],
-    message: str,
+    folders: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     assert main(["inspect", *folders, *arguments, "--output", str(tmp_path / "page.html")]) == 2
     assert message in capsys.readouterr().err

@@ -148,8 +148,16 @@ def test_the_turns_of_a_conversation_are_drawn_together() -> None:
     assert [interval.low, interval.ratio, interval.high] == pytest.approx([16 / 12] * 3)  # one prompt: nothing to draw
 
 
+def plain_answers(seconds: list[float], *, prompts: bool = True, prefill: float = 0.0) -> list[AnswerTiming]:
+    places = ((f"x/{number}", 0) if prompts else ("x/0", number) for number in range(len(seconds)))
+    return [
+        AnswerTiming("plain", *place, 11, 11, value + prefill, prefill_seconds=prefill)
+        for place, value in zip(places, seconds, strict=True)
+    ]
+
+
 def answers(rates: list[float]) -> list[AnswerTiming]:
-    return [AnswerTiming("plain", f"x/{number}", 0, 11, 11, 10 / rate) for number, rate in enumerate(rates)]
+    return plain_answers([10 / rate for rate in rates])
 
 
 def test_a_wide_spread_of_plain_decoding_stops_the_measurement() -> None:
@@ -175,31 +183,16 @@ def test_few_answers_are_not_judged() -> None:
     check_spread(answers([1, 10, 1, 10, 1, 10, 1]))
 
 
-def plain_answers(seconds: list[float], *, prompts: bool, prefill: float = 0.0) -> list[AnswerTiming]:
-    return [
-        AnswerTiming(
-            "plain",
-            f"x/{number if prompts else 0}",
-            0 if prompts else number,
-            11,
-            11,
-            value + prefill,
-            prefill_seconds=prefill,
-        )  # fmt: skip
-        for number, value in enumerate(seconds)
-    ]
-
-
 def test_the_spread_of_plain_decoding_is_its_interquartile_range_over_its_median() -> None:
     seconds = [10 / rate for rate in (8, 9, 10, 11, 12)]  # ten tokens after the first: quartiles 9, 10, 11
-    assert plain_spread(plain_answers(seconds, prompts=True)) == pytest.approx(0.2)
-    assert plain_spread(plain_answers(seconds, prompts=True, prefill=50.0)) == pytest.approx(0.2)
+    assert plain_spread(plain_answers(seconds)) == pytest.approx(0.2)
+    assert plain_spread(plain_answers(seconds, prefill=50.0)) == pytest.approx(0.2)
     assert plain_spread(plain_answers(seconds, prompts=False)) == pytest.approx(0.2)
 
 
 def test_the_second_repeat_is_no_noise_while_it_is_under_way() -> None:
     """Found live: on a quiet machine every benchmark of three repeats was stopped soon after the first."""
-    first = plain_answers([10 / rate for rate in (26, 27, 28, 28, 29, 29, 30, 30, 31, 31)], prompts=True)
+    first = answers([26, 27, 28, 28, 29, 29, 30, 30, 31, 31])
     second = [replace(m, repeat=1) for m in first]
     once = plain_spread(first)
     assert once is not None and once < 0.1
@@ -240,18 +233,12 @@ CASES = {
         [standing("auto", 4, (0.97, 0.95, 0.99)), standing("best fixed 4/3/1", 3, (0.8, 0.7, 0.9), BEHIND)],
         "Speculation does not pay ",
     ),
-    "a gain within noise is none": (
-        [standing("auto", 4, (1.04, 0.98, 1.1))],
-        "Decode plainly",
-    ),
+    "a gain within noise is none": ([standing("auto", 4, (1.04, 0.98, 1.1))], "Decode plainly"),
     "a simpler method that is not surely better than plain does not replace one that is": (
         [standing("prompt lookup", 1, (1.1, 0.7, 1.6), WITHIN), standing("auto", 4, (1.2, 1.1, 1.3))],
         "Use auto: 1.20 ",
     ),
-    "nothing to compare": (
-        [],
-        "Nothing was compared",
-    ),
+    "nothing to compare": ([], "Nothing was compared"),
 }
 
 

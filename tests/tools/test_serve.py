@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,12 @@ TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": 
 CALLED = {"role": "assistant", "tool_calls": [{"function": {"name": "look", "arguments": "{}"}}]}
 TEXT, IMAGE = {"type": "text", "text": "ab"}, {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA"}}
 LENGTH = 64  # positions of the targets
+
+
+@cache
+def loaded(folder: Path, dtype: str) -> Any:
+    """A target that no server has."""
+    return attach(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype))
 
 
 class Client:
@@ -84,7 +90,7 @@ class Client:
     def plain(self, content: str = "abdabdabd", name: str = "target", dtype: str = "float32", **settings: Any) -> str:
         """What the target writes alone."""
         tokenizer = templated()
-        target = attach(AutoModelForCausalLM.from_pretrained(self.folder / name, dtype=dtype))
+        target = loaded(self.folder / name, dtype)
         turns = [{"role": "user", "content": content}]
         inputs = tokenizer.apply_chat_template(
             turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
@@ -149,22 +155,13 @@ def _text(answer: str, streams: bool) -> str | None:
         whole = json.loads(answer)
         return whole["choices"][0]["message"]["content"] if "metrics" in whole else None
     events = [json.loads(event.removeprefix("data: ")) for event in answer.split("\n\n") if event]
-    if "metrics" not in events[-1]:
-        return None
-    return "".join(event["choices"][0]["delta"].get("content", "") for event in events)
+    return text_of(events) if "metrics" in events[-1] else None
 
 
 def save_target(folder: Path, seed: int = 0, **sizes: int) -> None:
-    target = build_target(
-        vocab_size=VOCABULARY,
-        initializer_range=0.6,
-        num_hidden_layers=2,
-        eos_token_id=None,
-        max_position_embeddings=LENGTH,
-        seed=seed,
-        **sizes,
-    )
-    target.save_pretrained(folder)
+    usual: dict[str, Any] = {"vocab_size": VOCABULARY, "num_hidden_layers": 2, "max_position_embeddings": LENGTH}
+    usual |= {"initializer_range": 0.6, "eos_token_id": None}
+    build_target(seed=seed, **usual, **sizes).save_pretrained(folder)
     templated().save_pretrained(folder)
 
 

@@ -20,22 +20,9 @@ def texts(count=12, vocabulary=64):
 
 
 def config(folder, **overrides):
-    return DraftHeadTrainingConfig(
-        **{
-            "output_dir": str(folder),
-            "ttt_steps": 3,
-            "tokens_per_batch": 64,
-            "max_length": 64,
-            "max_steps": 6,
-            "save_steps": 3,
-            "logging_steps": 1,
-            "bf16": False,
-            "report_to": [],
-            "use_cpu": True,
-            "disable_tqdm": True,
-            **overrides,
-        }
-    )
+    short = {"ttt_steps": 3, "tokens_per_batch": 64, "max_length": 64, "max_steps": 6, "save_steps": 3}
+    quiet = {"logging_steps": 1, "bf16": False, "report_to": [], "use_cpu": True, "disable_tqdm": True}
+    return DraftHeadTrainingConfig(str(folder), **short | quiet | overrides)
 
 
 def fresh(draft_vocab_size=48):

@@ -111,20 +111,9 @@ LENGTH, STEPS = 11, 4
 
 def small_head(**overrides):
     torch.manual_seed(0)
-    config = DraftHeadConfig(
-        **{
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "feature_layers": [1, 2, 3],
-            "vocab_size": 60,
-            "draft_vocab_size": 20,
-            "initializer_range": 0.3,
-            **overrides,
-        }
-    )
-    return DraftHead(config).double()
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes |= {"feature_layers": [1, 2, 3], "vocab_size": 60, "draft_vocab_size": 20, "initializer_range": 0.3}
+    return DraftHead(DraftHeadConfig(**sizes | overrides)).double()
 
 
 def dense_levels(head, embed, features, tokens, steps):

@@ -37,23 +37,10 @@ def folder(tmp_path: Path) -> Path:
 
 
 def run(folder: Path, monkeypatch: pytest.MonkeyPatch, *datasets: str, **options: Any) -> None:
-    given = {
-        "target": folder / "target",
-        "output_dir": folder / "run",
-        "max_length": 64,
-        "draft_vocab_size": 12,
-        "eval_share": 0.2,
-        "ttt_steps": 2,
-        "bf16": False,
-        "tokens_per_batch": 64,
-        "max_steps": 2,
-        "save_steps": 2,
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
-        **options,
-    }
-    arguments = [part for name, value in given.items() for part in (f"--{name}", *str(value).split())]
+    given = {"target": folder / "target", "output_dir": folder / "run", "draft_vocab_size": 12, "eval_share": 0.2}
+    given |= {"max_length": 64, "tokens_per_batch": 64, "max_steps": 2, "save_steps": 2, "ttt_steps": 2, "bf16": False}
+    given |= {"report_to": "none", "use_cpu": True, "disable_tqdm": True}
+    arguments = [part for name, value in (given | options).items() for part in (f"--{name}", *str(value).split())]
     files = [str(folder / f"{name}.jsonl") for name in datasets or ("first",)]
     monkeypatch.setattr(sys, "argv", ["train_head.py", "--datasets", *files, *arguments])
     SCRIPT["main"]()

@@ -14,6 +14,7 @@ from trl import TrlParser
 from publishing import find_faults
 from runs import command_line
 from tests.targets import Architecture
+from tests.training.publishing.tiny import CARD
 from transformers_resps import (
     AutoPolicy,
     BaselineGuard,
@@ -38,31 +39,14 @@ SCRIPT = runpy.run_path(str(ROOT / "training" / "train_policy.py"), run_name="tr
 
 
 NEEDED = ["--target", "a", "--head", "b", "--dataset", "c"]
-CARD = {
-    "target": "maker/tiny",
-    "head": "maker/tiny-head",
-    "license": "mit",
-    "target_license": "mit",
-    "languages": ["en"],
-    "data": [{"name": "Letters", "license": "mit", "what": "answered by the target itself"}],
-}
 
 
 def run(folder: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
-    given = {
-        "target": folder / "target",
-        "head": folder / "head",
-        "dataset": folder / "prompts.jsonl",
-        "output_dir": folder / "run",
-        "max_completion_length": 24,
-        "max_steps": 16,
-        "save_steps": 8,
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "drop_hopeless": False,  # the tiny target's clock decides nothing here
-        **options,
-    }
-    arguments = [part for name, value in given.items() for part in (f"--{name}", str(value))]
+    given = {"target": folder / "target", "head": folder / "head", "dataset": folder / "prompts.jsonl"}
+    given |= {"output_dir": folder / "run", "max_completion_length": 24, "max_steps": 16, "save_steps": 8}
+    given |= {"use_cpu": True, "disable_tqdm": True}
+    given |= {"drop_hopeless": False}  # the tiny target's clock decides nothing here
+    arguments = [part for name, value in (given | options).items() for part in (f"--{name}", str(value))]
     monkeypatch.setattr(sys, "argv", ["train_policy.py", *arguments])
     SCRIPT["main"]()
 
@@ -101,7 +85,8 @@ def test_auto_is_fitted_to_prompts_and_lacks_only_its_measurements(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = yaml.safe_load((ROOT / "training" / "recipes" / "throughput_policy.yaml").read_text())
-    given = {"target": "target", "head": "head", "dataset": "prompts.jsonl", "output_dir": "run", "card": CARD}
+    given = {"target": "target", "head": "head", "dataset": "prompts.jsonl", "output_dir": "run"}
+    given["card"] = CARD | {"head": "maker/tiny-head"}
     (folder / "mine.yaml").write_text(yaml.safe_dump({**recipe, **given, "max_completion_length": 16}))
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "argv", ["train_policy.py", "--config", "mine.yaml", "--use_cpu", "True"])

@@ -15,13 +15,7 @@ from transformers_resps.compat import CACHE_KEYWORD
 from transformers_resps.compilation import native as native_module
 from transformers_resps.tree import DraftTree
 from transformers_resps.verifying import attention
-from transformers_resps.verifying.attention import (
-    GROUPED,
-    attend,
-    grouped_attention,
-    stacked,
-    use_gqa_attention,
-)
+from transformers_resps.verifying.attention import GROUPED, attend, grouped_attention, stacked, use_gqa_attention
 from transformers_resps.verifying.masks import tree_attention_mask, tree_positions
 
 

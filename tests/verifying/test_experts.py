@@ -29,24 +29,11 @@ CLASSES = ["mixtral", "qwen3_moe", "deepseek_v3", "glm4_moe", "aria_text", "gpt_
 
 @cache
 def target(model_type: str, dtype: torch.dtype) -> PreTrainedModel:
-    sizes = {
-        "vocab_size": 32,
-        "hidden_size": WIDTH,
-        "intermediate_size": 192,
-        "moe_intermediate_size": 192,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "num_experts": COUNT,
-        "num_local_experts": COUNT,
-        "n_routed_experts": COUNT,
-        "moe_num_experts": COUNT,
-        "num_experts_per_tok": CHOSEN,
-        "n_group": 2,
-        "topk_group": 2,
-        "first_k_dense_replace": 0,
-        "pad_token_id": 0,
-    }
+    sizes: dict[str, Any] = {"vocab_size": 32, "hidden_size": WIDTH, "num_hidden_layers": 1, "pad_token_id": 0}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts_per_tok": CHOSEN}
+    sizes |= dict.fromkeys(("intermediate_size", "moe_intermediate_size"), 192)
+    sizes |= dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), COUNT)
+    sizes |= {"n_group": 2, "topk_group": 2, "first_k_dense_replace": 0}
     sizes |= {"layers_block_type": ["moe"]} if model_type == "nemotron_h" else {}
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **sizes), dtype=dtype).eval()
@@ -72,12 +59,8 @@ def changed_by_company(experts: Any, run: Any, rows: int = 40) -> int:
     """Tokens whose result has other bits when fewer stand beside them."""
     given = routed(rows, experts.down_proj.dtype)
     whole, changed = run(*given), 0
-    for start, stop in [(index, index + 1) for index in range(rows)] + [
-        (0, 2),
-        (5, 8),
-        (7, 12),
-        (rows // 2, rows - 1),
-    ]:
+    parts = [(index, index + 1) for index in range(rows)] + [(0, 2), (5, 8), (7, 12), (rows // 2, rows - 1)]
+    for start, stop in parts:
         alone = run(*(part[start:stop] for part in given))
         changed += int((alone != whole[start:stop]).any(-1).sum())
     same = run(*(part[:1].expand(rows * 3 // 4, -1).contiguous() for part in given))  # all go to the same experts

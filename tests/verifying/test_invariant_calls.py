@@ -67,8 +67,8 @@ def target() -> PreTrainedModel:
     return attach(Architecture("llama", {"num_hidden_layers": 2}).build("sdpa"))
 
 
-def plain(**config: Any) -> PreTrainedModel:
-    return Architecture("llama", {"num_hidden_layers": 1} | config).build("sdpa")
+def plain() -> PreTrainedModel:
+    return Architecture("llama", {"num_hidden_layers": 1}).build("sdpa")
 
 
 def named(name: str, attention: str = "sdpa") -> PreTrainedModel:
@@ -89,44 +89,22 @@ def falcon() -> PreTrainedModel:
     return FalconForCausalLM(config).eval()
 
 
-def compiled_layer() -> PreTrainedModel:
-    target: Any = plain()
-    target.model.layers[0].mlp = torch.compile(target.model.layers[0].mlp)
-    return target
-
-
 def compiled_in_place(part: Callable[[Any], nn.Module]) -> PreTrainedModel:
     target = plain()
     part(target).compile()
     return target
 
 
-def compiled_forward() -> PreTrainedModel:
-    target: Any = plain()
-    target.forward = torch.compile(target.forward)
-    return target
-
-
-def biased() -> PreTrainedModel:
-    target: Any = plain()
-    target.model.layers[0].self_attn.relative_attention_bias = nn.Embedding(4, 4)
+def changed(part: str, **attributes: Any) -> PreTrainedModel:
+    """A target of which one part has other attributes."""
+    target = plain()
+    for name, value in attributes.items():
+        setattr(target.get_submodule(part), name, value)
     return target
 
 
 class Shard(nn.Parameter):
     """Stands for a weight that is quantized or sharded."""
-
-
-def sharded() -> PreTrainedModel:
-    target: Any = plain()
-    target.lm_head.weight = Shard(target.lm_head.weight.data)
-    return target
-
-
-def quantized() -> PreTrainedModel:
-    target: Any = plain()
-    target.hf_quantizer = object()
-    return target
 
 
 LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
@@ -145,23 +123,26 @@ TARGETS: dict[str, tuple[Callable[[], PreTrainedModel], str]] = {
         lambda: Architecture("phi3", {"rope_parameters": LONGROPE}).build("sdpa"),
         "rope_type 'longrope', whose frequencies depend on the longest row",
     ),
-    "eager attention": (
-        lambda: named("llama", "eager"),
-        r"attn_implementation='eager'.*set_attn_impl",
-    ),
+    "eager attention": (lambda: named("llama", "eager"), r"attn_implementation='eager'.*set_attn_impl"),
     "an attention of its own": (falcon, "does not ask .* `AttentionInterface`"),
     "soft caps": (lambda: named("gemma2", "eager"), "attn_logit_softcapping"),
-    "position biases": (biased, "the position biases of LlamaAttention"),
-    "experts of their own": (
-        lambda: Architecture("dbrx", DBRX).build("sdpa"),
-        "the experts of DbrxForCausalLM",
+    "position biases": (
+        lambda: changed("model.layers.0.self_attn", relative_attention_bias=nn.Embedding(4, 4)),
+        "the position biases of LlamaAttention",
     ),
+    "experts of their own": (lambda: Architecture("dbrx", DBRX).build("sdpa"), "the experts of DbrxForCausalLM"),
     "a compiled model": (lambda: compiled_in_place(lambda target: target), "LlamaForCausalLM that you compiled"),
-    "a compiled forward": (compiled_forward, "the LlamaForCausalLM that you compiled.*`compile=True`"),
+    "a compiled forward": (
+        lambda: changed("", forward=torch.compile(plain().forward)),
+        "the LlamaForCausalLM that you compiled.*`compile=True`",
+    ),
     "a compiled layer": (lambda: compiled_in_place(lambda target: target.model.layers[0]), "LlamaDecoderLayer that"),
-    "a layer in the wrapper of a compiler": (compiled_layer, "the OptimizedModule that you compiled"),
-    "a sharded weight": (sharded, "quantized or sharded weights"),
-    "quantized weights": (quantized, "quantized or sharded weights"),
+    "a layer in the wrapper of a compiler": (
+        lambda: changed("model.layers.0", mlp=torch.compile(nn.Identity())),
+        "the OptimizedModule that you compiled",
+    ),
+    "a sharded weight": (lambda: changed("lm_head", weight=Shard(torch.ones(19, 32))), "quantized or sharded weights"),
+    "quantized weights": (lambda: changed("", hf_quantizer=object()), "quantized or sharded weights"),
 }
 
 

@@ -256,9 +256,7 @@ SETTINGS = [one_more_thread, without_onednn, products_in_bfloat16, deterministic
 
 @planted
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_what_was_found_is_kept_for_each_kind_of_layer_and_what_may_change_kernels(
-    setting: Callable[[], Any],
-) -> None:
+def test_what_was_found_is_kept_for_each_kind_of_layer_and_what_may_change_kernels(setting: Callable[[], Any]) -> None:
     layers = [Planted(lambda count: ALL if count == 1 else None) for _ in range(3)]
     classes, target = RowClasses(), target_of(first=layers[0], second=layers[1])
     assert classes.needs(target).forward == classes.needs(target).forward == 2

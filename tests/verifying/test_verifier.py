@@ -36,6 +36,8 @@ TREE = DraftTree.from_parents(
 BRANCH, CHAIN = [0, 2, 4], [0, 1, 3]
 LEAST_ROWS = 4
 PADDED = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+POSITIONS = (PADDED.cumsum(-1) - 1).clamp(min=0)
+KEPT = [[BRANCH, CHAIN], [BRANCH, CHAIN[:1]]]  # as many nodes of each row, and not
 
 
 @pytest.fixture
@@ -98,12 +100,11 @@ def test_each_node_is_verified_as_the_end_of_its_own_path(target: PreTrainedMode
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("counts", [[3, 3], [3, 1]], ids=str)
+@pytest.mark.parametrize("paths", KEPT, ids=str)
 def test_a_tree_after_kept_nodes_continues_each_rows_own_path(
-    target: PreTrainedModel, counts: list[int], opened: Any
+    target: PreTrainedModel, paths: list[list[int]], opened: Any
 ) -> None:
     """Rows that keep as many nodes, and rows that do not; then the second row goes on alone."""
-    paths = [BRANCH[: counts[0]], CHAIN[: counts[1]]]
     padded = torch.tensor([path + path[-1:] * (3 - len(path)) for path in paths])
     texts = [text_of(row, path) for row, path in enumerate(paths)]
     with opened(target, 5) as verifier:
@@ -162,18 +163,15 @@ def test_a_drafted_token_that_overflows_float16_changes_no_bit_of_a_node_that_do
 
 @torch.no_grad()
 @pytest.mark.parametrize("model_type", ["llama", "mistral-window", "gemma3_text"])
-@pytest.mark.parametrize("counts", [[3, 3], [3, 1]], ids=str)
+@pytest.mark.parametrize("paths", KEPT, ids=str)
 def test_it_hands_out_the_keys_of_kept_tokens_that_a_rows_next_token_sees(
-    model_type: str, counts: list[int], opened: Any
+    model_type: str, paths: list[list[int]], opened: Any
 ) -> None:
     """Padding, windows, a rejected tree and rejected nodes, rows that end at the same place or not."""
     target = next(found for found in ARCHITECTURES if str(found) == model_type).build("sdpa")
-    paths = [BRANCH[: counts[0]], CHAIN[: counts[1]]]
     padded = torch.tensor([path + path[-1:] * (3 - len(path)) for path in paths])
     prompts, small = PROMPTS % 19, replace(TREE, tokens=TREE.tokens % 19)
-    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    with opened(target, 5, positions, mask) as verifier:
+    with opened(target, 5, POSITIONS, PADDED) as verifier:
         verifier.prefill(prompts)
         verifier.verify(small)
         verifier.undo()
@@ -259,28 +257,23 @@ def test_it_goes_on_at_the_positions_that_the_decoder_got(is_over_slots: bool) -
 # Over slots
 
 
-def padded_positions() -> Tensor:
-    return (PADDED.cumsum(-1) - 1).clamp(min=0)
-
-
-def keys_of(target: PreTrainedModel, text: list[int]) -> Tensor:
-    """Of the first layer, `[kv heads, s, hd]`, as the target reads a text at once."""
+def keys_of(target: PreTrainedModel, text: list[int], layer: int = 0) -> Tensor:
+    """Of one layer, `[kv heads, s, hd]`, as the target reads a text at once."""
     cache: Any = DynamicCache()
     target(input_ids=torch.tensor([text]), use_cache=True, **{CACHE_KEYWORD: cache})
-    keys: Tensor = cache.layers[0].keys[0]
+    keys: Tensor = cache.layers[layer].keys[0]
     return keys
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("opened", ["slots", "compiled", "invariant", "exact"], indirect=True)
-@pytest.mark.parametrize("counts", [[3, 3], [3, 1]], ids=str)
+@pytest.mark.parametrize("paths", KEPT, ids=str)
 def test_over_slots_what_was_kept_lies_in_the_order_of_the_text(
-    target: PreTrainedModel, counts: list[int], opened: Any
+    target: PreTrainedModel, paths: list[list[int]], opened: Any
 ) -> None:
     """Also where rows end at different places."""
-    paths = [BRANCH[: counts[0]], CHAIN[: counts[1]]]
     padded = torch.tensor([path + path[-1:] * (3 - len(path)) for path in paths])
-    with opened(target, 5, padded_positions(), PADDED) as verifier:
+    with opened(target, 5, POSITIONS, PADDED) as verifier:
         verifier.prefill(PROMPTS)
         for _ in range(2):
             verifier.verify(TREE)
@@ -290,19 +283,16 @@ def test_over_slots_what_was_kept_lies_in_the_order_of_the_text(
     for row, pads in enumerate((2, 0)):
         text = [*PROMPTS[row, pads:].tolist(), *TREE.tokens[row, paths[row]].tolist() * 2]
         found = keys[row, :, mask.expand(2, -1, -1, -1)[row, 0, 0] == 0]
-        cache: Any = DynamicCache()
-        target(input_ids=torch.tensor([text]), use_cache=True, **{CACHE_KEYWORD: cache})
-        torch.testing.assert_close(found, cache.layers[-1].keys[0])
+        torch.testing.assert_close(found, keys_of(target, text, layer=-1))
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("counts", [[3, 3], [2, 2]], ids=str)
+@pytest.mark.parametrize("paths", [[BRANCH, CHAIN], [BRANCH[:2], CHAIN[:2]]], ids=str)
 def test_a_cache_gets_the_texts_where_its_mask_shows_them(
-    target: PreTrainedModel, counts: list[int], opened: Any
+    target: PreTrainedModel, paths: list[list[int]], opened: Any
 ) -> None:
     cache: Any = DynamicCache(config=target.config)
-    paths = [BRANCH[: counts[0]], CHAIN[: counts[1]]]
-    with opened(target, 5, padded_positions(), PADDED, cache) as verifier:
+    with opened(target, 5, POSITIONS, PADDED, cache) as verifier:
         verifier.prefill(PROMPTS)
         verifier.verify(TREE)
         verifier.keep(torch.tensor(paths), paths)
@@ -316,7 +306,7 @@ def test_a_cache_gets_the_texts_where_its_mask_shows_them(
 def test_features_of_a_padded_prompt_stand_where_its_tokens_stand(
     target: PreTrainedModel, chunk_size: int | None, opened: Any
 ) -> None:
-    with opened(target, 5, padded_positions(), PADDED, layers=[1]) as verifier:
+    with opened(target, 5, POSITIONS, PADDED, layers=[1]) as verifier:
         _, features = verifier.prefill(PROMPTS, chunk_size)
     found = torch.cat([part.caught[1] for part in features], dim=1)
     for row, pads in enumerate((2, 0)):

@@ -30,14 +30,7 @@ from transformers_resps.tools.bench import (
 from transformers_resps.tools.cli import add_bench_options
 from transformers_resps.tools.methods import Method, Prompt, fixed_tree
 from transformers_resps.tools.quiet import BusyMachineError, checked_load
-from transformers_resps.tools.results import (
-    PLAIN,
-    AnswerTiming,
-    Run,
-    check_spread,
-    machine,
-    write_results,
-)
+from transformers_resps.tools.results import PLAIN, AnswerTiming, Run, check_spread, machine, write_results
 from transformers_resps.tools.session import Dialogue, Judge, Session, check_apart, read_dialogues, spread
 
 from .headroom import Replayer, ceiling_of, shapes_for

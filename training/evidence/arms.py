@@ -13,13 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, CompileConfig, TorchAoConfig
 
-from training.benchmarking.peers import (
-    LLAMA_CPP_WAYS,
-    OPENVINO_WAYS,
-    check_installed,
-    load_peers,
-    vllm_peers,
-)
+from training.benchmarking.peers import LLAMA_CPP_WAYS, OPENVINO_WAYS, check_installed, load_peers, vllm_peers
 from training.benchmarking.provenance import config_sha256, weights_sha256
 from training.studies.random_target import random_target
 from transformers_resps import AutoPolicy, BaselineGuard, DraftHead, Policy, SuffixMemory, TreeShape, attach

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Container, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import date
 from multiprocessing import get_context
 from pathlib import Path
@@ -29,7 +29,7 @@ from transformers.utils.logging import tqdm
 from training.benchmarking.journal import Journal, JournaledBench
 from training.benchmarking.peers import load_peers
 from training.benchmarking.provenance import code
-from transformers_resps import DraftHead, TreeShape, attach
+from transformers_resps import TreeShape, attach
 from transformers_resps.data import training_prompts_of
 from transformers_resps.generation.output import end_ids, left_padded, sampling, up_to_end
 from transformers_resps.telemetry.report import Timing, rate
@@ -39,7 +39,7 @@ from transformers_resps.tools.methods import Bench, Generate, Method, Prompt, co
 from transformers_resps.tools.results import Run, machine, plain_spread
 from transformers_resps.tools.session import Dialogue, Session, check_apart, read_dialogues, spread
 
-from .arms import LEARNED, Kept, LeftOut, Models, arms_of, candidates, load_quantized
+from .arms import Kept, LeftOut, Models, arms_of, candidates, load_quantized
 from .experiments import (
     ANSWERS,
     AUTO,
@@ -104,7 +104,7 @@ def run(experiment: Experiment, number: int, options: Any, file: Path) -> None:
         elif experiment.kind == MEMORY:
             rows = list(held(experiment, models, arms, options))
         elif experiment.kind == REPLAY:
-            rows = list(decided_again(bench, experiment, models, arms, asked, options))
+            rows = list(replayed(bench, experiment, models, arms, asked, searched_prompts(options)))
         else:
             right = right_answers(options.gsm8k) if experiment.kind == ANSWERS else {}
             process = Process(experiment, number, bench, journal, arms, asked, models.tokenizer, right)
@@ -125,7 +125,7 @@ def run(experiment: Experiment, number: int, options: Any, file: Path) -> None:
         "rows": rows,
     }
     watch.end(plain_spread(Measured(file, results).timings) if experiment.is_judged else None)
-    seal(file, results | {"quiet": watch.to_dict()})
+    seal(file, results | {"quiet": asdict(watch)})
 
 
 def facts_of(
@@ -379,27 +379,6 @@ def peak_mib(arm: str, experiment: Experiment, target: str, head: str, threads: 
         method.prepare(model, prompt, experiment.tokens, 0.0, [tokenizer.eos_token_id])()
     (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:")]
     return int(line.split()[1]) / 1024
-
-
-def decided_again(
-    bench: Bench,
-    experiment: Experiment,
-    models: Models,
-    arms: Mapping[str, Method],
-    asked: Sequence[Dialogue],
-    options: Any,
-) -> Iterator[dict[str, Any]]:
-    """Replay the saved policies among `arms`, the best fixed tree, "auto" and the oracle on first turns."""
-    saved = {
-        name: arm.keywords["policy"] for name, arm in arms.items() if name in LEARNED and isinstance(arm, Generate)
-    }
-    assert isinstance(models.source, DraftHead)
-    prompts, others = (
-        [(one.name, one.prompt(models.tokenizer).input_ids) for one in part]
-        for part in (asked, searched_prompts(options))
-    )
-    possible = replace(experiment, arms=[name for name in experiment.arms if name in arms])
-    yield from replayed(possible, bench, models.source, saved, arms[PLAIN], prompts, others)
 
 
 def best_fixed(experiment: Experiment, models: Models, options: Any) -> TreeShape:

@@ -165,14 +165,21 @@ class Answer:
     note: str = ""
 
 
+def _measured(found: Sequence[Found], rows: list[list[str]], columns: Sequence[str]) -> Iterator[Found]:
+    """Yield the experiments with figures; in its turn each other one gets a row of empty cells and its reason."""
+    for one in found:
+        if one.processes:
+            yield one
+        else:
+            rows.append([one.title, *[""] * (len(columns) - 2), str(one.reason)])
+
+
 def same_text(found: Sequence[Found]) -> Answer:
     """Count equal texts and right answers; show where the other texts part, and the gap of the logits there."""
     columns = ["experiment", "arm", "texts", "equal or right", "95% interval", "first difference", "largest gap"]
     rows, drawn = [], []
-    for one in found:
-        if not one.processes:
-            rows.append(_empty(one, columns))
-        elif one.experiment.kind == named.SAMPLES:
+    for one in _measured(found, rows, columns):
+        if one.experiment.kind == named.SAMPLES:
             rows += [*_sampled(one)]
         else:
             for arm in one.experiment.arms:
@@ -238,10 +245,7 @@ def policies(found: Sequence[Found]) -> Answer:
         "oracle, `auto`'s share",
     ]
     rows, drawn = [], []
-    for one in found:
-        if not one.processes:
-            rows.append(_empty(one, columns))
-            continue
+    for one in _measured(found, rows, columns):
         fixed = one.over(named.FIXED, named.PLAIN)
         learned = {arm: one.over(arm, named.FIXED) for arm in LEARNED}
         auto, oracle = learned[named.AUTO], one.over(named.ORACLE, named.FIXED)
@@ -267,12 +271,7 @@ def engines(found: Sequence[Found]) -> Answer:
     peaks = {(one.experiment.target, row["arm"]): row["mib"] for one in found if one.experiment.kind == named.MEMORY
              for own in one.processes for row in own.data["rows"]}  # fmt: skip
     rows, drawn, phases = [], [], []
-    for one in found:
-        if one.experiment.kind == named.MEMORY:
-            continue
-        if not one.processes:
-            rows.append(_empty(one, columns))
-            continue
+    for one in _measured([one for one in found if one.experiment.kind != named.MEMORY], rows, columns):
         for arm in one.experiment.arms:
             stock, plain = one.over(arm, named.STOCK), one.over(arm, named.PLAIN)
             if plain is None:
@@ -305,10 +304,7 @@ def budgets(found: Sequence[Found]) -> Answer:
     columns += [f"planted {gpu.name}: {kind}" for gpu in GPUS for kind in ("chain", "tree")]
     pays: dict[str, int] = dict.fromkeys(("here", *(f"at planted costs of an {gpu.name}" for gpu in GPUS)), 0)
     rows, drawn = [], []
-    for one in found:
-        if not one.processes:
-            rows.append(_empty(one, columns))
-            continue
+    for one in _measured(found, rows, columns):
         for nodes in named.BUDGETS:
             arms = [f"{kind} of {nodes}" for kind in ("chain", "tree")]
             pairs = [(arm, one.over(arm, named.PLAIN)) for arm in arms]
@@ -330,10 +326,7 @@ def never_slower(found: Sequence[Found]) -> Answer:
     """Compare every arm that should lose with plain decoding."""
     columns = ["setting", "arm", "over plain", "processes", f"at least {LEAST}"]
     rows, drawn = [], []
-    for one in found:
-        if not one.processes:
-            rows.append(_empty(one, columns))
-            continue
+    for one in _measured(found, rows, columns):
         for arm in one.experiment.arms[1:]:
             value = one.over(arm, named.PLAIN)
             if value is not None:
@@ -436,10 +429,6 @@ def verdict(found: Sequence[Found]) -> str:
 
 def _speed(value: Interval | None) -> str:
     return "" if value is None else str(value)
-
-
-def _empty(one: Found, columns: Sequence[str]) -> list[str]:
-    return [one.title, *[""] * (len(columns) - 2), str(one.reason)]
 
 
 def _positions(rows: Sequence[Row]) -> str:

@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
@@ -88,9 +88,6 @@ class Watch:
             *_above("the probes differ by {:.0%}", drift, MAX_DRIFT),
             *_above("plain decoding's rates spread by {:.0%}", self.plain_spread, MAX_PLAIN_SPREAD),
         ]
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def apart(ratios: Sequence[Sequence[float]]) -> list[list[str]]:

@@ -2,11 +2,11 @@
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers.utils.logging import tqdm
 
 from transformers_resps import BaselineGuard, DraftHead, FixedPolicy, Policy, TreeShape
@@ -14,16 +14,11 @@ from transformers_resps.policies.action_grid import ActionGrid
 from transformers_resps.policies.costs import CostModel, CostTable
 from transformers_resps.policies.resps import ReSpSPolicy
 from transformers_resps.policies.throughput import ThroughputPolicy
-from transformers_resps.replay import (
-    OutcomeTable,
-    RankedText,
-    RecordedText,
-    depths_of,
-    record_pools,
-    replay_policy,
-)
-from transformers_resps.tools.methods import Bench, Method, Prompt
+from transformers_resps.replay import OutcomeTable, RankedText, RecordedText, depths_of, record_pools, replay_policy
+from transformers_resps.tools.methods import Bench, Generate, Method
+from transformers_resps.tools.session import Dialogue
 
+from .arms import LEARNED, Models
 from .experiments import AUTO, FIXED, ORACLE, PLAIN, Experiment
 from .planted import GPUS
 
@@ -50,33 +45,34 @@ def grid_of(name: str) -> ActionGrid:
 
 
 def replayed(
-    experiment: Experiment,
     bench: Bench,
-    head: DraftHead,
-    saved: Mapping[str, Policy],
-    writes: Method,
-    asked: Sequence[tuple[str, Tensor]],
-    searched: Sequence[tuple[str, Tensor]],
+    experiment: Experiment,
+    models: Models,
+    arms: Mapping[str, Method],
+    asked: Sequence[Dialogue],
+    searched: Sequence[Dialogue],
 ) -> Iterator[dict[str, Any]]:
-    """Yield a row for each prompt and arm.
+    """Yield a row for the first turn of each prompt and each arm: saved policies, fixed trees, "auto" and the oracle.
 
     Args:
+        bench: of the target, which writes the texts as its arm `PLAIN` does.
         experiment: its `costs` name the table.
-        bench: of the target that writes the texts.
-        head: drafts at each of their positions.
-        saved: arm -> policy that was trained or fitted.
-        writes: how the texts are written.
-        asked: prompts by name.
+        models: their head drafts at each position of the texts.
+        arms: by name, those that this machine has.
+        asked: prompts.
         searched: other prompts, to find the best fixed tree on.
     """
+    saved = {
+        name: arm.keywords["policy"] for name, arm in arms.items() if name in LEARNED and isinstance(arm, Generate)
+    }
     costs, grid = costs_of(experiment.costs), grid_of(experiment.costs)
     depth, top_k, most = _WIDTHS.get(experiment.costs, _WIDE)
     depths = {width: depth for width in (1, 2, 4, 8, top_k) if width <= top_k}
     for shapes in (grid, *(policy.config.grid for policy in saved.values() if isinstance(policy, ReSpSPolicy))):
         depths |= {width: max(levels, depths.get(width, 0)) for width, levels in depths_of(shapes).items()}
     depths = dict.fromkeys(depths, max(depths.values()))  # outcomes are those of pools that are equally deep
-    others = [text for _, text in _recorded(bench, head, writes, searched, depths)]
-    totals = sum(_outcomes(text, grid, costs).fixed_seconds.sum(0) for text in others)
+    recorded = partial(_recorded, bench, models, arms[PLAIN], depths)
+    totals = sum(_outcomes(text, grid, costs).fixed_seconds.sum(0) for _, text in recorded(searched))
     best = grid[int(torch.as_tensor(totals).argmin())]
     made: dict[str, Callable[[], Policy]] = {
         PLAIN: lambda: FixedPolicy(TreeShape.plain()),
@@ -84,8 +80,8 @@ def replayed(
         **{name: (lambda policy=policy: copy.deepcopy(policy)) for name, policy in saved.items()},
     }
     auto = BaselineGuard(ThroughputPolicy(depth, top_k, most))  # learns on from text to text
-    for name, text in _recorded(bench, head, writes, asked, depths):
-        for arm in experiment.arms:
+    for name, text in recorded(asked):
+        for arm in (arm for arm in experiment.arms if arm in arms):
             row = {"arm": arm, "prompt": name, "turn": 1, "tokens": len(text)}
             if arm == ORACLE:
                 seconds, forwards = float(_outcomes(text, grid, costs).best_seconds[0]), len(text)
@@ -100,11 +96,13 @@ def _outcomes(text: RecordedText, grid: ActionGrid, costs: CostModel) -> Outcome
 
 
 def _recorded(
-    bench: Bench, head: DraftHead, writes: Method, prompts: Sequence[tuple[str, Tensor]], depths: dict[int, int]
+    bench: Bench, models: Models, writes: Method, depths: dict[int, int], asked: Sequence[Dialogue]
 ) -> Iterator[tuple[str, RecordedText]]:
     """Write each text, and record what the head drafts along it; texts of fewer than two tokens are no texts."""
-    for name, ids in tqdm(prompts, desc="Recording"):
-        answer = bench.decode(Prompt(name, ids), writes).token_ids
+    assert isinstance(models.source, DraftHead)
+    for prompt in tqdm([one.prompt(models.tokenizer) for one in asked], desc="Recording"):
+        ids, answer = prompt.input_ids, bench.decode(prompt, writes).token_ids
         if len(answer) > 1:
             spare, text = bench.max_new_tokens - len(answer), torch.cat([ids, answer])
-            yield name, record_pools(bench.target, head, text, len(ids), depths=depths, spare_room=spare)
+            pools = record_pools(bench.target, models.source, text, len(ids), depths=depths, spare_room=spare)
+            yield prompt.name, pools

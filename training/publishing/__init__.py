@@ -5,8 +5,7 @@ from .bundle import write_bundle
 from .card import render_card
 from .checks import find_faults
 from .publishable import check_publishable, target_faults
-from .release import check_folder, files_of, publish, write_card, write_custom_generate
-from .training_run import recipe_of, write_run
+from .release import check_folder, files_of, publish, recipe_of, write_card, write_custom_generate, write_run
 
 
 __all__ = [

@@ -1,13 +1,18 @@
-"""Publish a folder: check it, then upload it in one commit."""
+"""Write into a folder what it is published with, check it, and upload it in one commit."""
 
+import shlex
 from pathlib import Path, PurePosixPath
+from typing import Any
 
-from transformers_resps.hub.upload import CARD, RESULTS, Destination, Existing, upload
+import yaml
 
-from .artefact import read_artefact
+from transformers_resps.hub.upload import CARD, RECIPE, RESULTS, Destination, Existing, upload
+
+from .artefact import check_card, read_artefact
 from .card import render_card
 from .checks import KINDS, find_faults
 from .custom_code import CUSTOM_GENERATE, custom_generate_files
+from .publishable import target_faults
 
 
 def local_name(folder: Path) -> str:
@@ -37,6 +42,41 @@ def write_custom_generate(folder: Path, name: str | None = None) -> None:
         file = folder / path
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(content)
+
+
+def recipe_of(command: list[str], settings: dict[str, Any]) -> str:
+    """Make `recipe.yaml` when a run starts, so that later edits of its config do not matter.
+
+    Args:
+        command: as typed. The recipe is the file after its `--config`, with the command above it.
+        settings: the recipe of a run without `--config`.
+
+    Raises:
+        ValueError: its `card` is invalid.
+    """
+    if "--config" in command[:-1]:
+        told = Path(command[command.index("--config") + 1]).read_text(encoding="utf-8")
+    else:
+        told = yaml.safe_dump(settings, sort_keys=False)
+    typed = ["python", f"training/{Path(command[0]).name}", *command[1:]]  # wherever the checkout lies
+    recipe = f"# {shlex.join(typed)}\n{told}"
+    check_card((yaml.safe_load(recipe) or {}).get("card"), "the recipe")
+    return recipe
+
+
+def write_run(folder: Path, recipe: str, *, name: str | None = None) -> None:
+    """Write the recipe with its command, the card and `custom_generate/` into the `folder` of a trainer.
+
+    Args:
+        folder: of the head or policy.
+        recipe: from `recipe_of`, made before the run.
+        name: what the card's example loads: the repository, by default the folder.
+    """
+    (folder / RECIPE).write_text(recipe, encoding="utf-8")
+    write_custom_generate(folder, name)
+    write_card(folder, name)
+    for fault in target_faults(read_artefact(folder).target, RECIPE):
+        print(f"{folder}: the card cannot say what to load. {fault}")
 
 
 def files_of(folder: Path, repo_id: str) -> dict[str, Path | bytes]:

@@ -77,11 +77,7 @@ def tree_of(tau: float, device: str) -> TreeShape:
 
 
 def ways_of(
-    heads: dict[float, DraftHead],
-    shapes: dict[float, Sequence[TreeShape]],
-    *,
-    compiles: bool,
-    looks_up: bool = True,
+    heads: dict[float, DraftHead], shapes: dict[float, Sequence[TreeShape]], *, compiles: bool, looks_up: bool = True
 ) -> list[Way]:
     """Every way, in the order of the table.
 

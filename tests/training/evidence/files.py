@@ -1,10 +1,11 @@
-"""Results files of made-up experiments."""
+"""Results files of made-up experiments, and the page of them."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from training.evidence.experiments import EXPERIMENTS, Experiment
+from training.evidence.page import write_page
 from training.evidence.sealed import seal
 
 
@@ -61,3 +62,8 @@ def write_all(folder: Path, name: str, seconds: dict[str, float] | None = None, 
     """Files of all its processes."""
     for number in range(experiment(name).processes):
         write(folder, name, number, seconds, **changes)
+
+
+def page_of(folder: Path, *, quick: bool = False) -> str:
+    write_page(folder / "benchmarks.md", folder / "measured", quick=quick)
+    return (folder / "benchmarks.md").read_text()

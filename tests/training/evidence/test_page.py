@@ -9,19 +9,14 @@ import pytest
 
 from training.evidence import experiments as named
 from training.evidence.experiments import EXPERIMENTS, QUESTIONS, experiments
-from training.evidence.page import share_interval, variation, write_page
+from training.evidence.page import share_interval, variation
 from training.evidence.planted import GPUS
 
-from .files import CODE, DISTURBED, DRIFTED, ZEN, experiment, machine, rows_of, write, write_all
+from .files import CODE, DISTURBED, DRIFTED, ZEN, experiment, machine, page_of, rows_of, write, write_all
 
 
 MAIN = "policy-smollm2-t0"
 PROTOCOL = Path("training/PROTOCOL.md")
-
-
-def page_of(folder: Path, *, quick: bool = False) -> str:
-    write_page(folder / "benchmarks.md", folder / "measured", quick=quick)
-    return (folder / "benchmarks.md").read_text()
 
 
 def row_of(page: str, title: str) -> list[str]:

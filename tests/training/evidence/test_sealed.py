@@ -5,18 +5,12 @@ from typing import Any
 
 import pytest
 
-from training.evidence.page import write_page
 from training.evidence.sealed import Measured, UnfitResultsError, Version, seal
 
-from .files import CODE, experiment, machine, rows_of, write, write_all
+from .files import CODE, experiment, machine, page_of, rows_of, write, write_all
 
 
 NAME = "hard-drafters"
-
-
-def page_of(folder: Path) -> str:
-    write_page(folder / "page.md", folder / "measured")
-    return (folder / "page.md").read_text()
 
 
 def test_a_whole_file_reads_as_it_was_written_and_says_its_version(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ def head_folder(folder: Path) -> Path:
     torch.manual_seed(1)
     head = DraftHead.from_target(tiny_target(), draft_vocab_size=48, default_tree=[8, 3, 3])
     head.save_pretrained(folder)
+    training = {"steps": 650, "positions": 560000, "epochs": 1.667, "minutes": 42.2}
     metrics = {
         "held_out_texts": 50,
         "agreement": {"1": 0.4735, "2": 0.4379},
@@ -36,14 +37,7 @@ def head_folder(folder: Path) -> Path:
         "simulated_tau": {"6/2/4": 1.84, "8/3/3": 1.94},
         "draft_vocab_size": 48,
         "coverage": 0.9893,
-        "training": {
-            "steps": 650,
-            "positions": 560000,
-            "epochs": 1.667,
-            "minutes": 42.2,
-            "dtype": "float32",
-            "device": "Ash Tray 9",
-        },
+        "training": training | {"dtype": "float32", "device": "Ash Tray 9"},
     }
     recipe = {"target": TARGET, "steps": 4, "card": {**CARD, "limits": ["answers of at most 224 tokens were seen."]}}
     return complete(folder, metrics, recipe, "head", ["a", "b"])

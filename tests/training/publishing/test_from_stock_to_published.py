@@ -15,17 +15,11 @@ from tests.hub.loopback_hub import LoopbackHub
 from tests.targets import Architecture
 from tests.test_docs import QUICKLY
 from tests.tokenizers import ON_ONE_LINE, templated
+from tests.training.publishing.tiny import CARD
 from transformers_resps.tools import cli
 
 
 ROOT = Path(__file__).parents[3]
-CARD = {
-    "target": "maker/tiny",
-    "license": "mit",
-    "target_license": "apache-2.0",
-    "languages": ["en"],
-    "data": [{"name": "Letters", "license": "mit", "what": "answered by the target itself"}],
-}
 
 
 def quickly(*words: str | Path) -> None:

@@ -9,16 +9,11 @@ import yaml
 from transformers import TrainingArguments
 
 from publishing import check_publishable
+from tests.training.publishing import tiny
 from transformers_resps.hub.upload import Destination, upload
 
 
-CARD: dict[str, Any] = {
-    "target": "maker/tiny",
-    "license": "mit",
-    "target_license": "apache-2.0",
-    "languages": ["en"],
-    "data": [{"name": "Words", "license": "mit", "what": "made up", "hub_id": "maker/words"}],
-}
+CARD = tiny.CARD | {"data": [tiny.DATA | {"hub_id": "maker/letters"}]}
 
 
 def check(folder: Path, card: Any, *, note: str = "", target: str = "maker/tiny", **how: Any) -> None:
@@ -48,7 +43,7 @@ def test_no_card_is_refused_with_all_that_it_needs(tmp_path: Path, card: Any) ->
         ({"license": "Apache 2.0"}, "The license 'Apache 2.0' in the recipe is no id"),
         ({"target_license": "MIT"}, "The license 'MIT'"),
         ({"languages": ["English"]}, "The language 'English' in the recipe is no ISO 639 code"),
-        ({"data": [CARD["data"][0] | {"hub_id": "https://hf.co/maker/words"}]}, "is no id of a dataset"),
+        ({"data": [CARD["data"][0] | {"hub_id": "https://hf.co/maker/letters"}]}, "is no id of a dataset"),
         ({"target": "my target"}, "The target 'my target' is not a Hub id"),
         ({"languages": "en"}, "`languages` is 'en', but must be a list"),
         ({"licence": "mit"}, "`licence` is not a field of a card"),
