@@ -1,1 +1,1 @@
-"""Policies: they decide how each step drafts."""
+"""Policies, which choose the shape of each step's draft tree."""

@@ -1,9 +1,9 @@
-"""Estimates from a head's scores how likely each node is to be accepted.
+"""`AcceptanceModel` turns a head's scores into the probability that the target accepts each drafted node.
 
 A head is over- or underconfident, and more so on texts unlike its training data. Two corrections apply to each level:
 Platt scaling, fitted on recorded texts, and a factor that is learned while decoding. Deep levels have few outcomes, so
-their factor starts from that of the level above. Block heads guess all positions of a draft independently, so their
-error grows with every level. All sums use Python floats: for such small trees one tensor operation takes longer.
+their factor starts at the factor of the level above. Block heads guess all positions of a draft independently, so
+their error grows with depth. Sums use Python floats, because a single tensor operation would take longer.
 """
 
 import math
@@ -13,14 +13,14 @@ from itertools import accumulate
 from operator import mul
 
 
-LEVELS = 4  # Number of levels with their own fitted scaling (block heads may have more); deeper ones use the last.
-_MEMORY, _HIT_MEMORY = 0.99, 0.97  # Factors of the old sums when an outcome is added.
-_PRIOR_WEIGHT, _HIT_PRIOR_WEIGHT = 4.0, 2.0  # Number of outcomes for which each prior counts.
-_ENOUGH = 4.0  # Number of observed drafts from which the model is confident.
+LEVELS = 4  # Number of levels with their own fitted scaling (block heads may have more); deeper levels use the last.
+_MEMORY, _HIT_MEMORY = 0.99, 0.97  # Factors by which old sums are multiplied when an outcome is added.
+_PRIOR_WEIGHT, _HIT_PRIOR_WEIGHT = 4.0, 2.0  # Number of observed outcomes that each prior is worth.
+_ENOUGH = 4.0  # Number of observed drafts that make the model confident.
 _PRIOR_HITS = 0.6  # Prior probability that the children of a right token include the next right token.
 _MAX_EXPONENT = 700.0  # `math.exp` overflows just above.
-MIN_SCORE = -7.0  # Nodes below this log probability (one in a thousand) count as 0, to save time.
-MAX_SCORE = -1e-4  # Limits log probabilities, because the log odds of a certain node are infinite.
+MIN_SCORE = -7.0  # Nodes of a lower log probability (-7: one in a thousand) get probability 0, to save time.
+MAX_SCORE = -1e-4  # Maximum of log probabilities, because the log odds of probability 1 are infinite.
 _FIRST_CHILD, _FIRST_CHILD_SLOPE, _LATER_CHILDREN = 0.5, 0.43, (0.16, 0.075)  # See `children_of`.
 
 
@@ -44,7 +44,7 @@ class PlattScaling:
 
 
 class AcceptanceModel:
-    """Estimates from scores how likely nodes are accepted; `scalings[0]` is for level 1, deeper ones use the last."""
+    """Estimates acceptance probabilities from scores. `scalings[0]` is for level 1; deeper levels use the last one."""
 
     def __init__(self, scalings: Sequence[PlattScaling] = (PlattScaling(),) * LEVELS) -> None:
         self.scalings = tuple(scalings)
@@ -64,13 +64,13 @@ class AcceptanceModel:
         return self._drafts >= _ENOUGH
 
     def probabilities(self, scores: Sequence[float], level: int) -> list[float]:
-        """Estimate how likely each path of `level` nodes is accepted, from its log probability under the head."""
+        """Convert the head's log probabilities of paths of `level` nodes to probabilities of acceptance."""
         calibrated, factor = self.scalings[min(level, len(self.scalings)) - 1], self._factors.product(level)
         exp = math.exp if calibrated.is_identity else calibrated
         return [min(factor * exp(score), 1.0) if score > MIN_SCORE else 0.0 for score in scores]
 
     def discounts(self, depth: int) -> list[float]:
-        """Return each level's learned factor as a log, to add to scores; it never rises with depth (parents first)."""
+        """Return the log factor to add to each level's scores. It never rises with depth, so parents rank first."""
         return list(accumulate((math.log(max(self._factors.product(level + 1), 1e-9)) for level in range(depth)), min))
 
     def hit_rate(self, level: int) -> float:
@@ -82,10 +82,10 @@ class AcceptanceModel:
         return [self._hits.product(level) for level in range(1, depth + 1)]
 
     def children_of(self, probs: Sequence[float], level: int, width: int) -> list[float]:
-        """Estimate, from a level's probabilities `probs`, those of its nodes' children, at most three per node.
+        """Estimate the next level's probabilities, `width` children per node, from the `probs` of a level's nodes.
 
-        In recordings of two heads 50 to 90% of the accepted children are first children; this share rises with the
-        mean probability of their parents. Second children are 16% and third children 7.5% of the accepted children.
+        At most three children of a node are counted. In recordings of two heads 50 to 90% of the accepted
+        children were best children, more if the path to them was likely; second best were 16%, third best 7.5%.
         """
         all_children, root = self.hit_rate(level + 1), 1.0 / level
         second, third = (all_children * share for share in _LATER_CHILDREN)
@@ -96,10 +96,10 @@ class AcceptanceModel:
         return children
 
     def learn(self, level_probs: Sequence[float], drafted_match: int, emitted: int) -> None:
-        """Learn from a draft whose first `drafted_match` levels included the right path.
+        """Update all estimates from a draft whose first `drafted_match` levels included the right path.
 
         Levels deeper than the `emitted` tokens of the step are ignored: their right token is unknown. `level_probs`
-        are the sums of `probabilities` over each level, the estimates that the level includes the right path.
+        has, for each level, the sum of its `probabilities`: the estimate that the level includes the right path.
         """
         self._drafts = self._drafts * _HIT_MEMORY + 1.0
         above = 1.0
@@ -119,7 +119,7 @@ class _Ratios:
 
     def __init__(self, memory: float, weight: float, first: float) -> None:
         self._memory, self._weight = memory, weight
-        self._sums = [(weight * first, weight)]  # of level 1, 2, ... down to the deepest with an outcome
+        self._sums = [(weight * first, weight)]  # sums of levels 1, 2, ..., down to the deepest with an outcome
         self._products = [1.0, first]  # products of the first 0, 1, ... ratios
 
     def at(self, level: int) -> float:
@@ -131,7 +131,7 @@ class _Ratios:
         return self._products[known] * self.at(level) ** (level - known)
 
     def add(self, level: int, part: float, whole: float) -> None:
-        """Add `part` and `whole` to a level's two sums; every smaller level must already have an outcome."""
+        """Add `part` and `whole` to a level's two sums; all levels above it must already have an outcome."""
         if level > len(self._sums):
             self._sums.append((self._weight * self.at(level), self._weight))
         parts, wholes = self._sums[level - 1]

@@ -37,7 +37,7 @@ class ActionGrid:
     def paper(cls) -> "ActionGrid":
         """Return the 177 tree shapes of Re-SpS (arXiv 2601.12212), section 4.1.
 
-        The paper's filter drops three of 180 (depth 3, top_k 8, 80 or more nodes), although a head could fill them.
+        The paper's filter drops three of 180 shapes (depth 3, top_k 8, 80 or more nodes), which a head could fill.
         """
         sizes = product((32, 48, 64, 80, 96, 128), range(3, 9), (8, 12, 16, 20, 32))  # total_token, depth, top_k
         return cls(tuple(TreeShape.from_eagle(n, depth, k) for n, depth, k in sizes if n <= k ** (depth - 1)))
@@ -68,7 +68,7 @@ class ActionGrid:
         return ActionGrid(tuple(shape for shape in self.shapes if shape.depth <= levels))
 
     def affordable(self, seconds: Callable[[TreeShape], float]) -> "ActionGrid":
-        """Keep the shapes that beat plain steps if all drafts are accepted; `seconds` returns a shape's step time."""
+        """Return the shapes that beat plain steps if all drafts are accepted; `seconds` gives a shape's step time."""
         plain = seconds(TreeShape.plain())
         most_emitted = {shape: 1 + max(shape.depth * shape.asks_head, shape.lookup) for shape in self.shapes}
         kept = [shape for shape, most in most_emitted.items() if shape.is_plain or seconds(shape) < most * plain]

@@ -1,4 +1,4 @@
-"""The policy "auto", and the cache that keeps policies chosen by name between calls of `generate`."""
+"""The policy "auto", and the cache that keeps a target's policies between calls of `generate`."""
 
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager

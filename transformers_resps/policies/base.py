@@ -31,13 +31,13 @@ class Observation:
         features: `[b, F]`, in the target's dtype: the target's hidden states at the newest processed position, from
             the layers that the drafter reads, concatenated; `None` if the drafter reads none.
         context_length: number of positions in the sequence so far, padding included.
-        step: index of the decision about a step (`choose`) in this call of `generate`, from 0.
+        step: index of the coming step in this call of `generate`, from 0; the prefill does not count.
         room: number of tokens that the sequence may still gain; a deeper tree is cut.
-        prefix_accept_probs: runs prompt lookup and returns, for the best 16 nodes in falling order, the probability
-            that the path to the node is accepted; `[]` if nothing matches. For a ragged batch it returns the mean over
-            rows, weighted by `row_weights`; if all rows accept equally many tokens, the row whose first node is least
-            likely. During `size` with `weighs_lookup`, it skips nodes of the drafter and lowers the other values.
-        prompt_seconds: seconds that head and lookup spent on the prompt; no `StepRecord` contains them.
+        prefix_accept_probs: a function that runs prompt lookup. It returns the acceptance probabilities of the (up to
+            16) likeliest nodes, in falling order; `[]` if nothing matches. A ragged batch gets the mean over rows,
+            weighted by `row_weights`; a batch in lockstep the values of the row whose first node is least likely. In
+            `size` with `weighs_lookup`, it leaves out nodes that were also drafted and lowers the other values.
+        prompt_seconds: seconds that head and lookup spent on the prompt; `observe` gets no record of the prefill.
         row_weights: value of one token of each row, 1.0 on average; empty if all are equal. Rows that lag weigh more,
             because a batch ends with its slowest row.
         pricing: facts, apart from the number of nodes, that determine what a step costs.
@@ -47,7 +47,7 @@ class Observation:
         row_count: number of rows that are still decoded.
         device_type: type of the target's device, such as "cpu".
         row_accept_probs: like `prefix_accept_probs`, for each row; `None` if all rows get equally many nodes.
-        shared: a function for `size`; returns, for each row, the indices of drafted nodes that lookup also proposes.
+        shared: a function that `size` may call: the indices of each row's drafted nodes that lookup also proposes.
     """
 
     features: Tensor | None
@@ -68,11 +68,11 @@ class Observation:
 
     @property
     def node_price(self) -> int:
-        """How many nodes a step computes more if every row gets one more: `row_count`, or 1 if rows are padded."""
+        """Number of nodes that a step's cost rises by if each row gets one more: `row_count`, or 1 with padding."""
         return self.row_count if self.pricing.packs_rows else 1
 
     def looked_up(self, most: int, least_prob: float) -> int:
-        """Return how many nodes a step computes for lookup: up to `most` per row, from probability `least_prob` on."""
+        """Return how many nodes lookup adds to a step's cost: up to `most` per row, each of at least `least_prob`."""
         if self.row_accept_probs is None:
             return most * self.node_price
         return sum(prob >= least_prob for row in self.row_accept_probs() for prob in row[:most])
@@ -80,14 +80,14 @@ class Observation:
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """The newest drafted level, from which a policy decides whether to draft another level."""
+    """The newest drafted level: `Policy.grow` gets it to decide whether another level is drafted."""
 
     depth: int  # levels drafted so far
     scores: Tensor  # [b, k] fp32 cumulative log probabilities of the nodes that would get children next
 
 
 class Policy(ABC):
-    """Decides how each step drafts. Subclass it, write `choose`, and override `grow`, `size` and `observe` as needed.
+    """Chooses each step's draft tree. Subclass it, write `choose`, and override `grow`, `size`, `observe` as needed.
 
     A policy affects only the speed: the target picks every output token, whatever the policy decides. Set the
     attributes in the class or on the object; `choose` may change some of them.
@@ -200,7 +200,7 @@ for _forwarded in vars(Policy).keys() - vars(PolicyWrapper).keys():
 
 
 class Trials:
-    """Decides when to retry an option that does not pay: after `first` calls, then twice as many, up to `last`."""
+    """Decides when to retry an option that does not pay: after `first` checks, then twice as many, up to `last`."""
 
     def __init__(self, first: int, last: int) -> None:
         self._first, self._last = first, last
@@ -219,7 +219,7 @@ class Trials:
 
 
 def choose_shape(policy: Policy, observation: Observation, proposable_tokens: int) -> TreeShape:
-    """Return a policy's shape, cut to the room left in the text; only its lookup if `proposable_tokens` is 0."""
+    """Return the shape that a policy chooses, cut to the room left; only lookup if the drafter proposes no tokens."""
     shape = ask_shape(policy, observation).within(observation.room - 1)
     if proposable_tokens == 0:
         return TreeShape(1, 0, 1, shape.lookup)
@@ -253,7 +253,7 @@ def wants_level(policy: Policy, level: Level) -> bool:
 
 
 def count_nodes(policy: Policy, scores: Tensor, levels: Tensor) -> list[int]:
-    """Return how many nodes of each row a policy wants to verify; numbers below 1 become 1, the root alone."""
+    """Return how many nodes of each row a policy wants to verify; raise `ValueError` if `size` returned no numbers."""
     answer, rows = cast(Any, policy.size(scores, levels)), len(scores)
     try:
         counts = list(map(int, answer)) if isinstance(answer, list | tuple) else [int(answer)] * rows

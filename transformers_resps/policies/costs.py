@@ -1,4 +1,4 @@
-"""Seconds that a decoding step costs: measured beforehand as a table, or learned while decoding."""
+"""Costs of a decoding step in seconds: measured in advance (`CostTable`) or learned (`RunningCosts`)."""
 
 import json
 import math
@@ -189,27 +189,27 @@ def _is_cost(value: Any) -> bool:
 # After a forward, the costs of all sizes grow by `_SPEED` times its surprise (measured over expected seconds, minus
 # one), and the cost of its own size grows by another `_OWN` times the surprise.
 _SPEED, _OWN = 0.3, 0.1
-INTERRUPTED = 1.5  # Time above this factor of the known duration is attributed to other processes.
+INTERRUPTED = 1.5  # Time beyond this multiple of the known duration is attributed to other processes.
 _HIGHER, _LOWER = 0.15, 0.5  # Weights of a new measurement above or below the mean.
 _OUTDATED_PLAIN = 0.6  # A tree that takes less than this share of a plain step shows that the plain time is outdated.
 # Guessed cost of one more node, in plain steps: with one row, and how much each further row adds to it. Most machines
 # are close: SmolLM2 on two Zen 4 cores needs 0.01 for one row and 0.2 in a batch of eight.
 _GUESSED_SLOPE, _GUESSED_ROW = 0.04, 0.02
-_RUINOUS_SLOPE = 1.2  # Cost of one more node, in plain steps: far more than on any machine that we know.
-_ROUNDING = 1e-9  # A difference of times may be negative by so many seconds.
+_RUINOUS_SLOPE = 1.2  # If a node costs this many plain steps (on no known machine), the guess is not used.
+_ROUNDING = 1e-9  # Rounding may make a difference of times negative by this many seconds.
 _LEARNED = 10  # The mean of drafts weighs the first 10 equally; each later draft has weight 0.1.
 _LEARNED_WIDTH = 20  # The same for the relative cost of a width, which changes less.
 _INERTIA = 0.1  # The old price of a level weighs as much as drafts whose depths have this variance.
 # Factor on the unknown price of a level, so that deeper drafts are tried. If the start of a draft costs half a plain
 # step, a guarded policy then reaches 2.8 instead of 1.2 times the plain rate; elsewhere it is no slower.
 _UNTRIED = 0.5
-_FORGETTING = 0.99  # Factor on the price of lookup after each step without it, so that lookup is tried again some day.
+_FORGETTING = 0.99  # Factor on the price of lookup at each step without it, so that lookup is tried again.
 
 
 class RunningCosts(CostModel):
     """Costs learned while decoding: moving averages of measured seconds, interpolated between measured node counts.
 
-    They are valid for the current context and drafter, so `context` is ignored. A larger tree is never cheaper than a
+    Costs hold for the current context and drafter, so `context` is ignored. A larger tree is never cheaper than a
     smaller one, but a plain step may cost more than a small tree: attention without a mask takes another code path,
     which is slower on CPUs for long sequences (SmolLM2 after 768 positions: 47 ms plain, 39 ms for four nodes).
 
@@ -230,7 +230,7 @@ class RunningCosts(CostModel):
     ) -> None:
         self.overhead = 0.0
         self.lookup_seconds = 0.0  # seconds that lookup adds to a plain step, outside the forward
-        self._looks, self._look_seconds = 0, 0.0  # number of lookups that found nothing, and their mean seconds
+        self._looks, self._look_seconds = 0, 0.0  # number and mean seconds of lookups that found nothing
         self._plain_rest: float | None = None  # seconds of a plain step outside its forward
         self._verify: dict[int, float] = {}  # nodes -> seconds of the target's forward
         self._draft = _DraftPrice()
@@ -268,9 +268,9 @@ class RunningCosts(CostModel):
         looks_up: bool = False,
         has_looked: bool = False,
     ) -> None:
-        """Learn from one step of `rows` rows; a negative time, from a clock that was set back, is ignored.
+        """Learn from one step of `rows` rows; ignore it if a time is negative, because the clock was set back.
 
-        `width` is the nodes per level. `has_looked`: the step called lookup; `looks_up`: only its nodes were verified.
+        `width` is the nodes per level. `has_looked`: lookup was called; `looks_up`: only its nodes were verified.
         """
         rest = step_seconds - verify_seconds - draft_seconds
         if min(verify_seconds, draft_seconds) < 0.0 or rest < -_ROUNDING:
@@ -435,7 +435,7 @@ class _DraftPrice:
         self.slope = min(max(slope, 0.0), self.seconds / self.levels)
 
     def _learn_width(self, width: int, ratio: float) -> int:
-        """Learn a width's cost relative to the first width from one draft's ratio; return how many were learned."""
+        """Update a width's cost factor with a draft's `ratio` to the first width's cost; return its draft count."""
         drafts, factor = self.widths.get(width, (0, self.of_width(width)))
         most = INTERRUPTED * factor if drafts else factor
         least = min(width / next(iter(self.widths)), 1.0) / INTERRUPTED

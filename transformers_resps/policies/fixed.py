@@ -13,7 +13,7 @@ class FixedPolicy(SavedPolicy):
     """Drafts a tree of the same shape at every step.
 
     Args:
-        shape: for example `TreeShape(8, 3, 2)`. `TreeShape.from_eagle(60, 7, 10)` converts EAGLE's numbers.
+        shape: such as `TreeShape(8, 3, 2)`, for every step. `TreeShape.from_eagle(60, 7, 10)` takes EAGLE's numbers.
     """
 
     policy_type = "fixed"

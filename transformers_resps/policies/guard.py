@@ -17,33 +17,33 @@ from .costs import INTERRUPTED, RunningCosts
 from .saving import SavedPolicy, check_known, class_of
 
 
-# Limits of lost time; the unit of `_STEPS` is the duration of a plain step.
+# Limits of the time that drafting may lose. Constants with `_STEPS` are multiples of a plain step's duration.
 SHARE = 0.008  # Share of all time that may be lost for good: well below the allowed 3%, because timing has errors.
 START_STEPS = 0.2  # Budget at the start of every call, so that a head is tried again after a bad call.
 TRIAL_STEPS = 0.5  # Extra loss allowed to a step for a trial of drafting; with `START_STEPS` it pays for a first tree.
-TRIAL_STEPS_PER_TOKEN = 0.005  # Limits `TRIAL_STEPS` near the end, where few tokens are left to earn it back.
+TRIAL_STEPS_PER_TOKEN = 0.005  # Limits `TRIAL_STEPS` near a text's end, where few tokens can earn it back.
 CONFIDENT_STEPS = 1.2  # Extra loss allowed to a confident policy, so that bad luck does not rule out its best tree.
-CONFIDENT_STEPS_PER_TOKEN = 0.015  # Limits `CONFIDENT_STEPS` near the end.
-MAX_EARNED_STEPS = 16.0  # Most time that the budget may hold: gains of drafting that drafting may lose again.
-MAX_CARRIED_STEPS = 4.0  # Most budget that the next call, perhaps of another text, inherits.
-MAX_REPRICED_STEPS = 1.0  # Most budget that remains when plain steps turn out much faster: gains were overestimated.
+CONFIDENT_STEPS_PER_TOKEN = 0.015  # Limits `CONFIDENT_STEPS` near a text's end.
+MAX_EARNED_STEPS = 16.0  # Maximum of the budget, which drafting fills with the time that it saves.
+MAX_CARRIED_STEPS = 4.0  # Maximum of the budget when the next call starts, perhaps with another kind of text.
+MAX_REPRICED_STEPS = 1.0  # Maximum of the budget once plain steps are much faster: gains were overestimated.
 LAG_TOKENS = 2.0  # A row of a batch that lags the mean by fewer tokens counts as unlucky, not as slower.
 
 # Timing of plain steps.
-PLAIN_UP, PLAIN_DOWN = 0.2, 0.5  # Weight of a higher or lower new time: a slow moment must not favour trees for long.
+PLAIN_UP, PLAIN_DOWN = 0.2, 0.5  # Weights of a higher and lower new time: slow moments must not favour trees for long.
 MAX_TREES_BETWEEN = 64  # Drafted steps after which a plain step is timed again.
 OUTDATED = 0.7  # A time below this share of the expected time shows that the machine or the batch has changed.
 FAR_POSITIONS = 256  # If the context differs by more positions, plain steps are timed again.
 
 # Decision whether the head processes the prompt of a call.
-HEAD_MEMORY = 0.995  # Factor on past earnings for each new token of a text.
+HEAD_MEMORY = 0.995  # Past savings of the head are multiplied by this for each new token of a text.
 ENOUGH_TOKENS = 128.0  # Tokens that are decoded with a head before a call may skip it.
 MAX_LEFT_OUT = 32  # Most calls between two trials of a head.
 PROMPT_WEIGHT = 0.3  # Weight of the newest prompt in the mean time per prompt token.
 
 EXPLAINED_STEPS = 8  # Calls with fewer steps get no explanation why most steps were plain.
 
-# Added to the guessed costs of the first tree and level, in plain steps: a mask or new code may cost more than a node.
+# Guesses in plain steps before the first tree and draft: extra cost of a tree (mask, new code), and cost of a level.
 UNKNOWN_TREE_STEPS, UNKNOWN_LEVEL_STEPS = 0.5, 0.1
 
 _PLAIN = TreeShape.plain()
@@ -68,10 +68,10 @@ class BaselineGuard(PolicyWrapper, SavedPolicy):
     the excess is ignored), nor for the head's pass over the prompt, see `HeadAccount`. While the budget is negative,
     nothing is drafted; if the next plain step is slow, too, the machine was slow and the loss is forgotten.
 
-    In a batch the tokens of the slowest row count. A row may lag by two tokens without loss to the budget, so that
-    time may be lost for good. When half of the rows have ended, losses are forgiven, as at the start of a call.
+    In a batch the tokens of the slowest row count. A row may lag by two tokens at no charge to the budget, so a batch
+    may lose that time, too. When half of the rows have ended, losses are forgiven, as at the start of a call.
 
-    Policy and guard keep what they learned between calls of `generate`.
+    Policy and guard keep their estimates between calls of `generate`.
     """
 
     policy_type = "guard"
@@ -143,7 +143,7 @@ class BaselineGuard(PolicyWrapper, SavedPolicy):
         return counts if len(set(counts)) > 1 else counts[0]
 
     def _priced(self, counts: Sequence[int], most: int) -> int:
-        """Return the number of nodes that sets a step's cost, if each row verifies its `counts`, at most `most`."""
+        """Return the number of nodes that sets a step's cost if rows verify `counts` nodes, but at most `most`."""
         return 1 + sum(max(min(count, most) - 1, 0) for count in counts) * self._node_price // len(counts)
 
     def observe(self, record: StepRecord) -> None:
@@ -195,7 +195,7 @@ class BaselineGuard(PolicyWrapper, SavedPolicy):
         return f"Mostly plain: {', '.join(reasons)}."
 
     def _begin_call(self, context: int) -> None:
-        """Restore the costs saved when a row of the last batch ended; raise a low budget to its starting value."""
+        """Restore the costs that `_follow_rows` saved in the last batch; raise a low budget to its starting value."""
         self._progress.begin_call()
         self._rows = 0
         if self._of_all_rows is not None:
@@ -264,7 +264,7 @@ class BaselineGuard(PolicyWrapper, SavedPolicy):
         return TreeShape(1 + -(-(nodes - 1) // price), depth, shape.top_k, lookup)
 
     def _verifying(self, nodes: int) -> float:
-        """Return the seconds that verifying `nodes` nodes takes beyond a plain step; before any tree, a high guess."""
+        """Estimate by how many seconds verifying `nodes` nodes exceeds a plain step; before any tree, guess high."""
         if nodes <= 1:
             return 0.0
         unknown = 0.0 if self._known.knows_trees else UNKNOWN_TREE_STEPS * self._plain.seconds
@@ -308,7 +308,7 @@ class StepLimits:
 
     total: float  # for a draft of the head
     tree: float  # for a draft and its verification; below `total` if the policy learns from unverified drafts, too
-    lookup: float  # for verifying a looked-up chain
+    lookup: float  # for verifying looked-up nodes
 
 
 class ExplorationBudget:
@@ -328,7 +328,7 @@ class ExplorationBudget:
         self.seconds = min(self.seconds, MAX_CARRIED_STEPS * plain_seconds)
 
     def limits(self, room: int, plain_seconds: float, *, is_confident: bool, probes_head: bool) -> StepLimits:
-        """Compute the next step's limits: the budget, plus an allowance that with `probes_head` is for drafts only."""
+        """Return the seconds that the next step may lose: the budget, plus allowances that shrink with `room`."""
         trial = min(TRIAL_STEPS, TRIAL_STEPS_PER_TOKEN * room) * plain_seconds
         confident = min(CONFIDENT_STEPS, CONFIDENT_STEPS_PER_TOKEN * room) * plain_seconds
         lookup = self.seconds + confident  # lookup gathers evidence in plain steps, too
@@ -340,16 +340,16 @@ class ExplorationBudget:
         self.seconds = min(self.seconds + SHARE * step_seconds, MAX_EARNED_STEPS * plain_seconds)
 
     def forgive(self, plain_seconds: float) -> None:
-        """Raise the budget to at least its starting value; called when what caused past losses is gone."""
+        """Raise the budget to at least its starting value, because the cause of past losses is gone."""
         self.seconds = max(self.seconds, START_STEPS * plain_seconds)
 
     def excuse(self, lost_seconds: float) -> None:
-        """Add `lost_seconds`, which plain steps would have lost, too, to a negative budget, up to 0."""
+        """Raise a negative budget by `lost_seconds`, at most to 0: a slow machine, not drafting, lost this time."""
         if self.seconds < 0.0:
             self.seconds = min(self.seconds + max(lost_seconds, 0.0), 0.0)
 
     def reprice(self, plain_seconds: float) -> None:
-        """Lower the budget to a limit: plain steps have become faster, so that its gains were overestimated."""
+        """Cut the budget to `MAX_REPRICED_STEPS`: plain steps are faster than assumed, so gains were overestimated."""
         self.seconds = min(self.seconds, MAX_REPRICED_STEPS * plain_seconds)
 
 
@@ -412,14 +412,14 @@ class _HeadCalls:
 
 
 class PlainClock:
-    """Learns the `seconds` of a plain step (0 before the first), and decides when to make one to time it again."""
+    """Learns the `seconds` of a plain step (0 before the first), and decides when to time a plain step again."""
 
     def __init__(self, seconds: float = 0.0) -> None:
         self.seconds = seconds
         self.context = self._timed_at = 0  # context length of this step and of the last timing
         self._moved = False  # whether this call began with a context length far from that of the last timing
         self._trees = 0  # trees since the last timing
-        self._gained = 0.0  # tokens of these trees
+        self._gained = 0.0  # tokens gained by these trees
 
     def begin_call(self, context: int) -> None:
         self._gained = 0.0
@@ -466,16 +466,16 @@ class PlainClock:
 
 
 class RowProgress:
-    """Measures a batch's progress by its slowest row, which ends the call; a lag of `LAG_TOKENS` is ignored."""
+    """Measures a batch's progress by its slowest row, which ends last; a lag of `LAG_TOKENS` is ignored."""
 
     def __init__(self) -> None:
-        self.written: list[int] = []  # tokens of each row in this call, finished ones included; empty before a step
+        self.written: list[int] = []  # tokens of each row, finished or not, in this call; empty before a step
 
     def begin_call(self) -> None:
         self.written = []
 
     def add(self, record: StepRecord) -> float:
-        """Add a step's tokens, and return by how many tokens the unfinished rows advanced."""
+        """Add a step's tokens, and return the progress, in tokens, of the rows that the step decoded."""
         if len(self.written) != len(record.emitted):
             self.written = [0] * len(record.emitted)
         writing = [row for row, count in enumerate(record.emitted) if count]

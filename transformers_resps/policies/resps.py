@@ -1,7 +1,7 @@
 """Re-SpS: a small network picks a tree shape from the target's hidden states and keeps it for some steps.
 
 Source: Re-SpS (arXiv 2601.12212), sections 4.1 (state, actions) and 4.3 (persistence, Algorithm 1), and its code,
-https://github.com/wmd3i/ReSpS/tree/24786f4. `ReSpSConfig.paper` differs from the code only in this:
+https://github.com/wmd3i/ReSpS/tree/24786f4. `ReSpSConfig.paper` differs from the code in three points:
 
 - The state concatenates three layers (equation 4); the code averages them for one model and cuts them off for two.
 - A decision sets the tree of the same step; the code applies it to the next step and starts with (96, 8, 20).
@@ -110,8 +110,8 @@ class ReSpSPolicy(SavedPolicy):
     All rows of a batch get the same shape, chosen by the mean of their log probabilities. Use an instance for one call
     of `generate` at a time.
 
-    Without a trained `network` an untrained one is made. `seed` determines its weights and the drawn actions; the
-    global random state does not change.
+    Without `network`, an untrained network is made. `seed` determines its weights and the drawn shapes; the global
+    random state does not change.
 
     Example:
         >>> import torch
@@ -211,7 +211,7 @@ class ReSpSPolicy(SavedPolicy):
 
 
 def _fresh(config: ReSpSConfig, device: str | None = None) -> ActorCritic:
-    """Make a network; "meta" as `device` allocates no weights, because sizes in a saved config may be huge."""
+    """Make an untrained network; on device "meta" without memory, because a saved config may have huge sizes."""
     with torch.device(device or torch.get_default_device()):
         sizes = config.feature_size, len(config.grid)
         return ActorCritic(*sizes, hidden_size=config.hidden_size, normalize=config.normalize)

@@ -1,6 +1,6 @@
 """The policy of "auto": maximises tokens per second by adding the nodes that gain more tokens than their time costs.
 
-A node's gain is its probability of acceptance, in tokens. One second costs `rate` tokens: the recent tokens per second
+A node's gain is its probability of acceptance, in tokens. A second costs `rate` tokens: the recent tokens per second
 (Dinkelbach, "On Nonlinear Fractional Programming", Management Science 13, 1967), but at most twice the plain rate.
 Without this limit, text that lookup copies at ten times the plain rate would make the head look too expensive for a
 long time. Step costs and the calibration of the head's scores are learned while decoding; both may start from values
@@ -31,14 +31,14 @@ _MAX_LOOKED_UP = 16  # Most nodes that lookup proposes for a step.
 _MAX_FITTED = 1000.0  # Largest magnitude of a saved calibration value; real values stay below 10.
 _SAVED_AS = "odds"  # Name of the calibration's tensor in files.
 _MEMORY = 0.95  # Factor on the old sums when a step is added: about the last twenty steps count.
-_MAX_RATE = 2.0  # Limit of `rate`, in plain rates; in replay it costs nothing and gains 1 to 8% after copied text.
+_MAX_RATE = 2.0  # Maximum of `rate`, in plain rates: costs nothing in replay, and gains 1 to 8% after copied text.
 _FIRST_GAIN = 0.5  # Assumed gain of a head before its first use, in tokens per step.
-_LIKELY = 0.5  # A head that does not pay is not probed at steps where lookup is more likely right than this.
+_LIKELY = 0.5  # A head that does not pay is not probed where lookup is right with a higher probability.
 _NEWEST = 0.15  # Weight of the newest draft in the mean gain of the head.
 _FIRST_PROBE, _LAST_PROBE = 8, 128  # Steps between probes of a head that does not pay: at first, and at most.
 _NEWEST_LOOK = 0.02  # Weight of the newest lookup in its mean gain; small, because a text may repeat itself late.
 _FIRST_LOOK, _LAST_LOOK = 2, 8  # Steps between lookups while lookup does not pay: at first, and at most.
-_MARGIN = 1.03  # Another width replaces the best width only if it is faster by this factor.
+_MARGIN = 1.03  # Another width replaces the best width only if its rate is higher by this factor.
 _FIRST_TRIAL, _LAST_TRIAL = 8, 256  # Drafted steps between two trials of another width: at first, and at most.
 _FIRST_WIDTH = 4  # Children per node on a CPU until more were tried.
 _NEWEST_WIDER = 0.1  # Weight of the newest trial in the mean gain of a wider draft.
@@ -96,7 +96,7 @@ class ThroughputPolicy(SavedPolicy):
         self.acceptance = acceptance or AcceptanceModel()
         self._largest = TreeShape(most_nodes + 1, depth, top_k)
         self._memory, self._widths, self._wider = ThroughputMemory(), WidthMemory(top_k), WiderDrafts(top_k)
-        self.widths = self._wider.widths  # numbers of children per node that it tries for a single row, ascending
+        self.widths = self._wider.widths  # numbers of children per node that are tried for a single row, ascending
         self._step = _Step()
         self.grows = True
 
@@ -105,7 +105,7 @@ class ThroughputPolicy(SavedPolicy):
 
     @property
     def rate(self) -> float:
-        """Recent tokens per second, the cost of a second; at least the rate of plain steps and at most twice it."""
+        """Price of a second in tokens: the recent tokens per second, limited to one to two times the plain rate."""
         return self._memory.rate(self.costs.step_seconds(_PLAIN, 0))
 
     @property
@@ -147,7 +147,7 @@ class ThroughputPolicy(SavedPolicy):
         return self._widths.choose(width) if paths_cost else width
 
     def _look_up(self, observation: Observation) -> int:
-        """Draft by lookup, choose the nodes to verify, and return how many the row with most has."""
+        """Run prompt lookup, choose which of its nodes to verify, and return the largest number in any row."""
         step = self._step
         self.least_lookup_prob = 0.0
         step.has_looked = self._memory.looks_up(step.rate * self.costs.look_seconds)
@@ -172,14 +172,14 @@ class ThroughputPolicy(SavedPolicy):
         return max(map(len, chains))
 
     def _best_prefix(self, worth: Sequence[float], *, from_root: bool = False) -> tuple[int, float]:
-        """Call `best_prefix` for nodes added to the tree of looked-up nodes or, if `from_root`, to the root alone."""
+        """Return `best_prefix` for nodes that extend the looked-up nodes or, if `from_root`, the root alone."""
         step = self._step
         most = 1 + (self._largest.total_tokens - 1 + _MAX_LOOKED_UP) * step.row_price
         seconds = self.costs.verify_curve(most)[0 if from_root else step.lookup : most : step.price]
         return best_prefix(seconds, worth, step.rate)
 
     def _best_of_both(self, worth: Sequence[float]) -> tuple[int, float, int]:
-        """Choose how many drafted nodes, of expected tokens `worth`, and how many looked-up nodes to verify.
+        """Choose how many drafted nodes (with `worth` expected tokens) and how many looked-up nodes to verify.
 
         Returns the number of drafted nodes, their gain on top of looked-up nodes, and the number of looked-up nodes.
         """
@@ -236,7 +236,7 @@ class ThroughputPolicy(SavedPolicy):
         return [1 + chosen[row] for row in range(len(scores))]
 
     def _weigh_again(self, scores: Tensor, level_of: list[int]) -> None:
-        """Recompute the gain of looked-up nodes; nodes that the head also proposes get the head's probability."""
+        """Compute lookup's gain again after drafting: nodes that the head also proposes get the head's probability."""
         step = self._step
         alone = [(step.factors[row] * prob, prob) for row, own in enumerate(step.odds()) for prob in own]
         step.looked_up = sorted(alone, reverse=True)
@@ -289,7 +289,7 @@ class ThroughputPolicy(SavedPolicy):
             self._wider.note(step.wider_gain - step.rate * (wider - narrower))
 
     def _learn(self, record: StepRecord, level_probs: list[list[float]]) -> None:
-        """Learn from each row's outcome; if the record has one outcome for all rows, learn from this one."""
+        """Learn from the outcome of each row or, if the record has one outcome for all rows, from this one."""
         matches, emitted = record.drafted_match, record.emitted
         if len(matches) == 1:
             outcomes = [(matches[0], min(filter(None, emitted), default=0))]
@@ -307,7 +307,7 @@ class ThroughputPolicy(SavedPolicy):
         return sizes | {name: dict(known) for name, known in identity.items() if known is not None}
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Return the fitted calibration, without what was learned while decoding."""
+        """Return the fitted scalings as a tensor `[levels, 2]`, without the factors learned while decoding."""
         return {_SAVED_AS: tensor([[one.intercept, one.slope] for one in self.acceptance.scalings])}
 
     @classmethod
@@ -344,7 +344,7 @@ class _Step:
     factors: list[float] = field(default_factory=lambda: [1.0])  # tokens that a node of probability 1 adds
     rate: float = 0.0  # tokens that a second costs
     has_looked: bool = False  # whether the step called lookup
-    lookup: int = 0  # number of looked-up nodes, counted as they add to the step's cost
+    lookup: int = 0  # number of nodes that lookup adds to the step's cost
     chains: list[list[float]] = field(default_factory=list)  # probabilities of the chosen looked-up nodes
     competes: bool = False  # whether `size` weighs looked-up nodes against drafted nodes
     looked_up: list[tuple[float, float]] = field(default_factory=list)  # expected tokens and probability, best first
@@ -353,7 +353,7 @@ class _Step:
     width: int = 1  # children per node of this draft
     narrower: int = 0  # smaller width that this draft is compared with; 0 for none
     wider_gain: float | None = None  # tokens gained over the narrower width, before the cost of drafting
-    node_worth: list[float] = field(default_factory=list)  # tokens that drafted nodes add to lookup's, falling
+    node_worth: list[float] = field(default_factory=list)  # tokens that each drafted node adds to lookup's, falling
     level_probs: list[list[float]] = field(default_factory=list)  # P(each level includes the right path)
     expected: float = 0.0  # tokens that the head's nodes are expected to add
 
@@ -372,7 +372,7 @@ class _Step:
 
     @property
     def price(self) -> int:
-        """Number of nodes that the step computes more for each node taken from a list of candidates."""
+        """Number of nodes that a chosen candidate adds to a step's cost; above 1 if each row of a batch gets it."""
         return 1 if self.is_ragged else self.row_price
 
     def discount(self, level: int) -> float:
@@ -383,7 +383,7 @@ class _Step:
         return min(levels, 1) if self.drafts_at_once else levels
 
     def left_at(self, level: int) -> list[float]:
-        """Return the tokens that a right node of this level adds: `factors` times P(lookup is wrong at the level)."""
+        """Return, for each row, the tokens that a right node at `level` adds: `factors` times P(lookup is wrong)."""
         if not self.chains:
             return self.factors
         hits = [chain[level - 1] if level <= len(chain) else 0.0 for chain in self.chains]
@@ -420,10 +420,10 @@ def best_prefix(seconds: Sequence[float], worth: Sequence[float], rate: float) -
 
 
 def narrowed(scores: Tensor, bounds: Sequence[int], width: int, narrower: int) -> tuple[Tensor, list[int]] | None:
-    """Select from the scores of a draft with `width` children per node those of a draft with `narrower` children.
+    """Reduce the scores of a draft with `width` children per node to those of a draft with `narrower` children.
 
-    Returns these scores and the bounds of their levels, or `None` if nodes are not all the drafter's own. `bounds` are
-    the ends of the levels, from 0. In each level the first nodes must be those with children, best first.
+    Returns the kept scores and their `bounds`, or `None` if a level has not all nodes of such a draft. `bounds` are
+    the ends of the levels, after a 0. In each level the nodes with children must come first, best first.
     """
     parts, ends = [], [0]
     for level, (start, stop) in enumerate(pairwise(bounds)):
@@ -436,7 +436,7 @@ def narrowed(scores: Tensor, bounds: Sequence[int], width: int, narrower: int) -
 
 
 class ThroughputMemory:
-    """Keeps means over past steps (tokens per second, gains of head and lookup); decides when to use or retry each."""
+    """Keeps means over past steps: tokens per second, gains of head and lookup. Decides when to use or retry them."""
 
     def __init__(self) -> None:
         self.head_was_right = True  # whether, in most rows, the last draft included the next token
@@ -456,7 +456,7 @@ class ThroughputMemory:
         return min(max(rate, 1.0 / plain_seconds), _MAX_RATE / plain_seconds) if plain_seconds > 0 else rate
 
     def note_draft(self, gain: float, price: float, lookup_hit: float) -> None:
-        """Update the means from a draft's estimated gain and price, in tokens; lookup was right with P `lookup_hit`.
+        """Update the means with a draft's estimated gain and price, in tokens; `lookup_hit` is P(lookup was right).
 
         Estimated gains vary less than actual ones; `AcceptanceModel` learns from the actual outcomes.
         """
@@ -479,12 +479,12 @@ class ThroughputMemory:
 
 
 def doubled(width: int, most: int) -> tuple[int, ...]:
-    """Return `width`, twice `width`, four times `width`, ...; the last is `most`, unless `width` is larger."""
+    """Return (width, 2 * width, 4 * width, ..., most), such as (4, 8, 10); only (width,) if it is not below `most`."""
     return (width, *doubled(min(2 * width, most), most)) if width < most else (width,)
 
 
 class WiderDrafts:
-    """Decides how many children a drafted node gets, for one row on a CPU. More must be worth their time.
+    """Chooses the number of children per drafted node, for one row on a CPU. More children must pay for their time.
 
     A wider draft contains the narrower draft, so a trial estimates the net gains of both at the same position of a
     text. Gains differ much more between positions than between widths.
@@ -513,8 +513,8 @@ class WiderDrafts:
 class WidthMemory:
     """Picks the children per node in the exact mode (`invariant`) by measuring: 1 at first, then the fastest number.
 
-    Nothing else can decide: without compiled kernels one more leaf costs as much as all nodes of its path; with such
-    kernels next to nothing. So the next wider or narrower width is tried, less often after each failure.
+    Only measuring can decide: without compiled kernels one more leaf costs as much as all nodes of its path, with
+    such kernels next to nothing. So the next wider or narrower width is tried, less often after each failure.
     """
 
     def __init__(self, most: int) -> None:
