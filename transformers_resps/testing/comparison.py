@@ -1,8 +1,8 @@
 """Compares the outputs of `generate` with and without a head and a policy, token for token.
 
-In fp32 and fp64 they must be equal. In half precision rounding may change a token, after which the outputs cannot be
-compared, so only the first divergence counts: would plain decoding, with the same random numbers, have picked either
-token if its logit were a few floating-point spacings higher? In the exact mode (`invariant`) any difference fails.
+In fp32 and fp64 they must be equal. In half precision rounding may change a token, and later tokens depend on it, so
+only the first divergence is judged. It is excused if a logit that is a few floating-point spacings higher makes plain
+decoding, with the same random numbers, pick either token. In the exact mode (`invariant`) any difference fails.
 """
 
 import math
@@ -37,7 +37,7 @@ class Written:
 
 @dataclass(frozen=True, slots=True)
 class ModelUnderTest:
-    """Generates a model's output without drafts, and with the head and policy, which must not change this output."""
+    """The tested model, drafter and policy; generates plain output, and speculative output with drafter and policy."""
 
     model: Any  # the user's object, perhaps a PEFT model
     head: DraftSource | None  # `None` drafts only by lookup
@@ -181,7 +181,7 @@ def compare(
     """Compare speculative output to plain output for each batch of calls, which share their seed and settings.
 
     In half precision a batch of several calls must be greedy, because a single row's random draw cannot be repeated.
-    With `alone`, in the exact mode, the plain output is generated for each prompt alone, with the prompt in one chunk.
+    With `alone` (exact mode only), the plain output is generated for each prompt alone, with the prompt in one chunk.
     """
     differences, mismatches, tokens, forwards = [], [], 0, 0
     for calls in batches:
@@ -205,7 +205,7 @@ def compare(
 
 
 def _mismatches_beside(plain: Written, own: Written) -> list[str]:
-    """If plain and speculative outputs are equal, describe differences of padding and random generator state."""
+    """Describe how calls with equal outputs differ in padding or random generator state; `[]` for unequal outputs."""
     if not all(map(torch.equal, plain.outputs, own.outputs)):
         return []
     equal = {
@@ -216,7 +216,7 @@ def _mismatches_beside(plain: Written, own: Written) -> list[str]:
 
 
 def _first_difference(model: ModelUnderTest, call: ComparedCall, plain: Tensor, own: Tensor) -> Difference | None:
-    """Return where the output `own` first differs from `plain`, with `Divergence.needed`; `None` if they are equal."""
+    """Compare a speculative output, `own`, with the plain one; return their first difference, `None` if equal."""
     divergence = explain_divergence(model.target, call.prompt, plain, own, invariant=model.invariant)
     if divergence is None:
         return None
@@ -230,7 +230,9 @@ def _first_difference(model: ModelUnderTest, call: ComparedCall, plain: Tensor, 
 def _spacings_until_picked(
     token: int | None, model: ModelUnderTest, call: ComparedCall, plain: Tensor, divergence: Divergence
 ) -> float:
-    """Return how many spacings (0 or a power of two) the logit of `token` must rise until plain decoding picks it."""
+    """Raise the logit of `token` at the divergence by 0, 1, 2, 4, ... spacings of the dtype, until plain decoding
+    picks `token`. Return that number of spacings; infinity above `MAX_SPACINGS`, or if `token` is `None`.
+    """
     if token is None:
         return math.inf
     torch.manual_seed(call.seed)

@@ -3,11 +3,11 @@
 Each token has its own distribution, from a plain forward over its prefix. Wrong acceptance could only favour or
 disfavour drafted tokens. So each drafted token has a bin, best first, and the other tokens are in three bins by
 likelihood. If every token was drawn from its distribution, the counts minus their expectations are a sum of martingale
-differences. Their covariance is the sum of the tokens' covariances, their quadratic form asymptotically chi-square.
+differences. Their covariance is the sum of the tokens' covariances; their quadratic form is asymptotically chi-square.
 
 A control shows the power of the test: it picks tokens at the same positions by a wrong rule, which the test must
-detect. The rule is that of Leviathan et al. (arXiv 2211.17192), which keeps a drafted token with probability
-`min(1, p / q)`. It is right for tokens drawn from q, and wrong for the k best tokens of q.
+detect. The wrong rule, by Leviathan et al. (arXiv 2211.17192), keeps a drafted token with probability `min(1, p / q)`.
+It is right for tokens drawn from q, and wrong for the k best tokens of q.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ from .comparison import SAMPLED, ModelUnderTest
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """One token of an output, and what target and drafter predicted for its position."""
+    """One token of an output, with the target's and the drafter's predictions for its position."""
 
     token: int
     probs: Tensor  # [v] fp32, the target's distribution given the prefix
@@ -36,7 +36,7 @@ class Place:
 
 
 class DraftReader:
-    """Computes, for given texts, a target's distributions and the drafts of `source` (`None`: of prompt lookup)."""
+    """Computes the target's distributions and the drafts of `source` (`None`: prompt lookup) for given outputs."""
 
     def __init__(self, target: PreTrainedModel, source: DraftSource | None) -> None:
         self._target, self._source = target, source or SuffixMemory()
@@ -51,7 +51,7 @@ class DraftReader:
         return [Place(token, probs[place], *drafted[place]) for place, token in enumerate(output.tolist())]
 
     def _drafted(self, text: Tensor, start: int, drafts: int) -> list[tuple[list[int], list[float]]]:
-        """Draft up to `drafts` candidates for each token of `text` after `start`; return these and their probs."""
+        """Draft up to `drafts` candidates for each token after `text[start]`; return candidates and their probs."""
         request = DraftRequest(TreeShape(drafts + 1, 1, drafts, lookup=1))
         root = torch.zeros(1, 1, dtype=torch.long, device=text.device)
         levels, observed = [], 0
@@ -178,7 +178,7 @@ class DistributionCheck:
 
 
 def check_distribution(model: ModelUnderTest, prompts: Sequence[Tensor], count: int) -> DistributionCheck:
-    """Sample `count` outputs of `TOKENS` tokens, for the prompts `[s]` in turn, each with its own seed; test them.
+    """Sample `count` outputs of `TOKENS` tokens from the prompts `[s]` in turn, and test the tokens' distribution.
 
     The model's generation settings are not used: temperature is 1, without logits processors and end tokens.
     """
@@ -202,7 +202,7 @@ def check_distribution(model: ModelUnderTest, prompts: Sequence[Tensor], count: 
 
 
 def bins_of(place: Place) -> Tensor:
-    """Return the bin `[v]` of each vocabulary token, which depends on the drafts and probabilities in `place`."""
+    """Return each vocabulary token's bin `[v]`: a drafted token's rank, else one of three bins by likelihood."""
     bins = torch.full_like(place.probs, DRAFTED + 2, dtype=torch.long)
     likely = place.probs.topk(min(1 + _LIKELY + len(place.drafted), len(place.probs))).indices.tolist()
     undrafted = [token for token in likely if token not in place.drafted][: 1 + _LIKELY]

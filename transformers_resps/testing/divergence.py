@@ -45,12 +45,12 @@ class Divergence:
     @property
     def spacing(self) -> float:
         """Distance between neighbouring numbers of the model's dtype at the best logit."""
-        # One scale is enough: logits change because hidden states are rounded, which is the same for all tokens
+        # One scale is enough: logits change because hidden states are rounded, and all tokens share these states
         return spacing_at(self.best_logit, self.dtype)
 
     @property
     def spacings(self) -> float:
-        """By how many times `spacing` rounding must have moved the logits to explain the difference."""
+        """Number of spacings by which rounding must have moved the logits, if it caused the difference."""
         if math.isinf(self.gap):
             return math.inf
         return self.gap / self.spacing if self.needed is None else self.needed

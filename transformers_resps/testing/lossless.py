@@ -185,7 +185,7 @@ def _with_changing_trees(
 
 
 def _ending_calls(model: ModelUnderTest, ids: list[Tensor], settings: dict[str, Any]) -> Iterator[list[ComparedCall]]:
-    """For each of the first tokens of each prompt's output, yield a batch of one call that ends at this token."""
+    """Yield a batch of one call for each of the first tokens of each prompt's output, with this token as end token."""
     for index, prompt in enumerate(ids):
         output = model.plain([prompt], **settings).outputs[0][:_ENDS].tolist()
         for position, token in enumerate(output):
