@@ -17,7 +17,7 @@ IGNORED = -100  # Label of tokens that the loss ignores.
 
 
 def collate(rows: Sequence[dict[str, Any]], processor: ProcessorMixin | None = None) -> dict[str, Any]:
-    """Batch `rows`, dicts like `Example.tensors`: tensors `[t, ...]` are right-padded with zeros to `[b, t, ...]`.
+    """Join `rows`, dicts like `Example.tensors`, to a batch: right-pad tensors `[t, ...]` with zeros to `[b, t, ...]`.
     `labels` replace `loss_mask`: the token ids where the mask is true, elsewhere `IGNORED`. If any row has `pictures`,
     the batch has `image_inputs`, the image arguments of the target's forward, which `processor` computes.
     """
@@ -96,7 +96,7 @@ class PreparedTexts(Dataset[dict[str, Any]]):
         return map(Example.of_row, self._rows.select_columns(list(_TEXT_COLUMNS)))
 
     def some(self, count: int) -> Iterator[dict[str, Any]]:
-        """Yield `count` rows, or all if there are fewer, evenly spaced in the order of their lengths."""
+        """Yield `count` rows (all, if there are fewer) at even distances in a list sorted by length."""
         by_length = sorted(range(len(self)), key=lambda index: self.lengths[index])
         count = min(count, len(self))
         return (self[by_length[index * len(self) // count]] for index in range(count))
@@ -107,7 +107,7 @@ _STREAM_BUFFER = 1024  # Number of rows that are read at once and grouped by len
 
 class StreamedBatches(IterableDataset[list[dict[str, Any]]]):
     """Yields batches (lists of `Example.tensors`) of at most `budget` tokens from `rows`, a `datasets.IterableDataset`
-    that `prepare_dataset` made. It reads 1024 rows at a time, in order, and batches those of similar length.
+    that `prepare_dataset` made. It reads 1024 rows at a time, in order, and batches rows of similar length.
     """
 
     def __init__(self, rows: Any, budget: int, *, seed: int = 0) -> None:

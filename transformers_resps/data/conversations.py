@@ -26,7 +26,7 @@ def load_conversations(source: str | Path, split: str = "train") -> Iterator[Con
     A file is `.jsonl`, or `.json` with one list; if the list is truncated, its complete rows are read. A dataset is a
     Hub id, `owner/name` or `owner/name:config`, or a folder with the same layout. Each row must have `messages`;
     `prompt` and optionally `completion` (each a string or a list of messages); `turns` (user turns); `question` and
-    optionally `answer`; or ShareGPT's `conversations`. Raises a `ValueError` if `source` looks like a file but does
+    optionally `answer`; or ShareGPT's `conversations`. Raises a `ValueError` if `source` is named like a file but does
     not exist or is no JSON in UTF-8, if a row has none of these or is not only text, or without `datasets`.
     """
     path = Path(source)
@@ -128,7 +128,7 @@ def _from_sharegpt(turns: list[dict[str, Any]]) -> Conversation:
 
 
 def as_messages(value: Any, role: str | None) -> Conversation:
-    """Check messages, or make a string one message of `role`, and return them; raise `ValueError` for wrong ones."""
+    """Check and return a list of messages, or wrap a string as one message of `role`; raise `ValueError` if wrong."""
     if isinstance(value, str) and role is not None:
         return [{"role": role, "content": value}]
     return [{"role": str(message["role"]), "content": _text(message["content"])} for message in _checked(value)]
@@ -166,7 +166,7 @@ def images_in(message: dict[str, Any]) -> int:
 
 
 def text_of(content: str | list[dict[str, str]]) -> str:
-    """Return a message's content as a string: of a list of parts, the joined texts."""
+    """Return a message's content as a string; if it is a list of parts, join their texts."""
     return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
 
 
@@ -200,7 +200,7 @@ def _text(content: Any) -> str:
 
 
 def to_tokens(messages: Conversation, tokenizer: Any) -> Tensor:
-    """Tokenize a prompt by the chat template or, without one, its contents as lines; return token ids `[s]`."""
+    """Tokenize a prompt to ids `[s]`: render it by the chat template or, without a template, one message per line."""
     if tokenizer.chat_template is None:
         return torch.tensor(tokenizer("\n".join(message["content"] for message in messages) + "\n")["input_ids"])
     return torch.tensor(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))

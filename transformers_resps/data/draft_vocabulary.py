@@ -1,4 +1,4 @@
-"""Choose the tokens that a head can propose, and compute which share of all tokens in the answers they cover."""
+"""Choose the tokens that a head can propose, and compute their share among all tokens of the answers."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from .preparation import Example
 
 @dataclass(frozen=True, slots=True)
 class DraftVocabulary:
-    """The tokens that a head can propose, and how much of the training answers they cover."""
+    """The tokens that a head can propose, and their share among all tokens of the training answers."""
 
     token_ids: Tensor  # [d] target ids, ascending
     coverage: float  # share of the answers' tokens that the head can propose: an upper bound of acceptance

@@ -20,7 +20,7 @@ IMAGE_COLUMNS = ("images", "pictures")  # columns that only a prepared dataset w
 
 @dataclass(slots=True)
 class Pictures:
-    """The images of one text, and its parts that contain images; a part is the rendered text before an answer."""
+    """The images of one text, and the text's parts that show them; a part is the rendered text before an answer."""
 
     images: list[Any]  # in the order of the text
     texts: list[str] = field(default_factory=list)  # parts, rendered with a placeholder for each image
@@ -80,8 +80,8 @@ def _read(processor: Any, texts: list[str], images: list[list[Any]]) -> dict[str
 
 
 def image_inputs(rows: Sequence[Pictures | None], processor: ProcessorMixin, length: int) -> dict[str, Tensor]:
-    """Compute the image arguments of the target's forward for a batch, from each row's pictures; `{}` if no row has
-    any. Token type ids are right-padded to `[b, length]`; other tensors are the processor's output for all images.
+    """Compute the image arguments of the target's forward from each row's pictures; return `{}` if no row has
+    pictures. Token type ids are right-padded to `[b, length]`; other tensors are the processor's output, unchanged.
     """
     parts, texts, images = list[tuple[int, int]](), list[str](), list[list[Any]]()
     for row, shown in enumerate(rows):

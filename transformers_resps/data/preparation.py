@@ -1,8 +1,8 @@
 """Turn a dataset with TRL's columns into token ids, and a mask of the tokens that a head learns to predict.
 
-Transformers and TRL find the assistant's tokens by `{% generation %}` marks, but most chat templates have none. Here
-a conversation is rendered without and with each assistant turn: the added text is the assistant's. The package
-`datasets` belongs to the extra `train`, so it is imported only inside functions.
+Transformers and TRL find the assistant's tokens by `{% generation %}` marks, but most chat templates have no marks.
+Here a conversation is rendered without and with each assistant turn, and the text that the turn adds is the
+assistant's. The package `datasets` belongs to the extra `train`, so it is imported only inside functions.
 """
 
 import json
@@ -112,7 +112,7 @@ def _pieces(conversation: list[Any], renderer: Any, learn_from: int, template: R
 def _joined(
     pieces: Iterable[_Piece], tokenizer: Any, max_length: int, images: list[Any] | None = None, processor: Any = None
 ) -> Example:
-    """Tokenize pieces and join them, up to `max_length` tokens; stop before a piece with images that would be cut."""
+    """Tokenize and join pieces, up to `max_length` tokens; stop before a piece with images that is too long."""
     ids: list[int] = []
     mask: list[bool] = []
     pictures = Pictures(images or [])
@@ -146,7 +146,7 @@ def prepare_dataset(
     The first column among `input_ids`, `messages`, `prompt` and `text` is used. Messages, also in `prompt` and
     `completion`, are rendered by the chat template, strings are not. The head learns from assistant turns, from the
     completion, or from all of `text`. Images come from a column `images` or `image`, and need a `processor`. Texts
-    above `max_length` tokens are cut, but never within an image. Errors call the dataset `name`.
+    above `max_length` tokens are cut, but never within an image. Error messages call the dataset `name`.
 
     Returns a dataset of the same class with `input_ids`, `loss_mask`, `length` in tokens, `question` (the first user
     turn), `is_shortened` (only the first answer is used, because the chat template rewrites earlier turns) and, for a
@@ -218,7 +218,7 @@ def _features(dataset: Any, *, has_images: bool) -> Any:
 
 
 def _prepared_row(row: Row, number: int, name: str, reader: "_Reader", vocab_size: int) -> Row:
-    """Return a row's prepared columns; a row without a token to learn from gets no tokens, and is dropped later."""
+    """Make the columns in `PREPARED` from a row. A row without a token to learn from gets no ids, to be dropped."""
     try:
         example, is_shortened = reader.example_of(row)
         question = reader.question_of(row)

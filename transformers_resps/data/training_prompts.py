@@ -1,4 +1,4 @@
-"""Store hashes of the training prompts beside a head or policy, so that these prompts are not used to measure it."""
+"""Store hashes of training prompts beside the head or policy, so that it is not measured on these prompts."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ def prompt_fingerprint(text: str) -> str:
 
 
 def write_training_prompts(folder: str | Path, texts: Iterable[str], *, earlier: Iterable[str] = ()) -> None:
-    """Write hashes of `texts` (first user turns), and the hashes `earlier` of the head that was trained further."""
+    """Write hashes of `texts` (first user turns), and the hashes `earlier` of the head that training started from."""
     hashes = sorted({prompt_fingerprint(text) for text in texts}.union(earlier))
     text = json.dumps({"sha256_16": hashes}, separators=(",", ":"))
     (Path(folder) / TRAINING_PROMPTS).write_text(text, encoding="utf-8")
