@@ -42,7 +42,7 @@ NODES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 _MORE_NODES = (48, 64, 96)  # also measured on a GPU, where "auto" asks for trees of this size
 WIDTHS = (1, 2, 4, 8, 16, 32)
 _REPEATS = 5
-_SECONDS_PER_CELL = 1.0  # after so long no repeat begins, so that all measurements take less than a minute
+_SECONDS_PER_CELL = 1.0  # after these seconds no repeat of a measurement begins, so that all take less than a minute
 
 
 def calibrate(
@@ -56,9 +56,9 @@ def calibrate(
 ) -> CostTable:
     """Measure how long steps take on this machine, or load the table of an earlier measurement.
 
-    The model is measured in its dtype and on its device. `head` is a draft head, MTP layers, an assistant, a
-    small model, a folder or Hub id of these, or `None`. `invariant` measures the invariant mode, in a separate table
-    without times of plain decoding; `refresh` measures again even if a table is stored. `clock` returns seconds.
+    The target is measured in its dtype and on its device. `head` is a draft head, MTP layers, an assistant, a small
+    model, a folder or Hub id of one of these, or `None`. With `invariant`, the exact mode is measured, for a separate
+    table without times of plain decoding. `refresh` measures even if a table is stored. `clock` returns seconds.
 
     The table is stored in `folder`, by default in the Hugging Face cache, and reused until device, dtype, threads,
     versions, target, attention, mode or head change. Raises a `ValueError` if the stored table is damaged or was
@@ -129,7 +129,7 @@ def _check_target(target: Any, *, has_head: bool) -> None:
 
 
 def identity_of(target: PreTrainedModel, source: DraftSource | None, attention: str | None = None) -> dict[str, Any]:
-    """Describe what measured seconds depend on: hardware, versions, models, attention (`None`: the target's own)."""
+    """Describe what the measured times depend on: hardware, versions, models, `attention` (`None`: the target's)."""
     config = target.config
     quantized = {type(weight).__name__ for weight in target.parameters() if type(weight) is not torch.nn.Parameter}
     return {
@@ -146,7 +146,7 @@ def identity_of(target: PreTrainedModel, source: DraftSource | None, attention: 
 
 
 def _size_of(source: DraftSource, target: PreTrainedModel) -> str:
-    """Describe a source by its class, number of parameters, dtype and number of tokens that it can propose."""
+    """Describe a source by its class, its number of parameters, its dtype, and how many tokens it can propose."""
     if not isinstance(source, LevelSource):
         return type(source).__name__
     model, modules = source.bind(target), source.own_modules
@@ -193,12 +193,12 @@ def _ranges(row: dict[int, Quartiles]) -> dict[int, Range]:
 def _time_verifying(
     target: PreTrainedModel, verifier: Verifier, context: int, counts: Sequence[int], measure: Measure
 ) -> dict[int, Quartiles]:
-    """Measure, after `context` tokens, the seconds to verify a tree, for each number of nodes in `counts`."""
+    """Measure the seconds of verifying a tree after `context` tokens, for each number of nodes in `counts`."""
     vocabulary = text_config(target).vocab_size
     tokens = torch.arange(context + max(counts), device=target.device)[None].remainder(vocabulary)
     verifier.prefill(tokens[:, :context])
     order = torch.arange(max(counts), device=target.device)[None]
-    # a tree's shape affects the time only if each path costs time: then three of eight nodes are leaves
+    # a tree's shape affects the time only if each path costs time: in that case three of eight nodes are leaves
     parents = order * 5 // 8 if verifier.pricing.paths_cost else torch.zeros_like(order)
 
     def verify(nodes: int) -> None:
@@ -233,7 +233,7 @@ def _time_plain(target: PreTrainedModel, context: int, measure: Measure) -> Quar
 def _time_drafting(
     target: PreTrainedModel, source: DraftSource, context: int, measure: Measure
 ) -> tuple[dict[int, float], dict[int, Quartiles]]:
-    """Measure, for each width (nodes per level), the fixed seconds of a draft, and the seconds of one more level."""
+    """Measure the fixed seconds of a draft, and the seconds of each level, for each width (nodes per level)."""
     tokens = torch.zeros(1, context + 1, dtype=torch.long, device=target.device)
     starts, levels = dict[int, float](), dict[int, Quartiles]()
     forward = TargetForward.of(target, source.feature_layers, before_deepstack=source.before_deepstack)
@@ -265,7 +265,7 @@ def _time_drafting(
 def _time_overhead(
     target: PreTrainedModel, source: DraftSource | None, room: int, keywords: Mapping[str, Any]
 ) -> float:
-    """Generate a short answer within `room` positions; return median seconds per step outside drafts and forwards."""
+    """Generate a text of at most `room` tokens; return the median seconds of a step, without its draft and forward."""
     prompt_tokens = min(16, room // 2)
     new_tokens = min(24, room - prompt_tokens)
     prompt = torch.ones(1, prompt_tokens, dtype=torch.long, device=target.device)
@@ -288,7 +288,7 @@ def _time_overhead(
 
 
 def _measure(clock: Callable[[], float], done: Callable[[], Any], run: Callable[[], None]) -> list[float]:
-    """Call `run` repeatedly after a warm-up, then `done`; return each call's seconds. Raises if no time passes."""
+    """Call `run` repeatedly after a warm-up, then `done`; return each call's seconds. Raises if `clock` stops."""
     run()
     taken: list[float] = []
     while len(taken) < _REPEATS and (len(taken) < 3 or sum(taken) < _SECONDS_PER_CELL):
