@@ -22,7 +22,7 @@ from ..cache import replace_entries
 class SlotLayer(CacheLayerMixin):
     """A cache layer for one forward, over one layer's buffers `[b, kv heads, capacity, hd]`.
 
-    The forward writes its entries to the slots `written` `[b, n]`, and attends over the first `size` slots.
+    The forward writes its keys and values to the slots `written` `[b, n]`, and attends over the first `size` slots.
     """
 
     is_compileable = True
@@ -33,7 +33,7 @@ class SlotLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write entries `[b, kv heads, n, hd]`; return the entries of the visible slots, `[b, kv heads, size, hd]`."""
+        """Write keys and values `[b, kv heads, n, hd]`; return those in the first `size` slots, `[..., size, hd]`."""
         for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
             self._write(buffer, states)
         keys, values = (buffer[:, :, : self._size] for buffer in self._buffers)
@@ -70,14 +70,14 @@ class SlotBuffers:
     """Keeps static buffers between calls, as large as needed; a part is one layer's keys or one layer's values."""
 
     def __init__(self) -> None:
-        self._stores: list[Tensor] = []  # `[parts, b, kv heads, slots, hd]`: parts of equal sizes move at once
+        self._stores: list[Tensor] = []  # `[parts, b, kv heads, slots, hd]`; a store holds all parts of equal sizes
         self._rooms: list[Tensor] = []  # views of the stores: keys and values of the first layer, the second, ...
         self._rows = 0  # number of rows in use, from the first on
         self._parts: dict[int | None, list[Tensor]] = {}
         self._unread: ref[Cache] | None = None
 
     def lend(self, cache: Cache) -> None:
-        """Remember `cache`, which copies the buffers when first read, to fill it before they are overwritten."""
+        """Remember `cache`, which copies the buffers when first read; it is filled before they are overwritten."""
         self._unread = ref(cache)
 
     def _settle(self) -> None:
@@ -100,7 +100,7 @@ class SlotBuffers:
         return self._parts[row]
 
     def reserve(self, kinds: Sequence[Tensor], rows: int, size: int) -> None:
-        """Provide `rows` rows of at least `size` slots for parts like `kinds` (of any length); new rows hold zeros."""
+        """Make room for `rows` rows of at least `size` slots for parts like `kinds`; newly made buffers hold zeros."""
         self._settle()
         shapes = [(part.shape[1], part.shape[3], part.dtype, part.device) for part in kinds]
         known = [(room.shape[1], room.shape[3], room.dtype, room.device) for room in self._rooms]
@@ -118,7 +118,7 @@ class SlotBuffers:
     def fill(self, parts: Sequence[Tensor], length: int, orders: Sequence[Tensor]) -> None:
         """Copy the entries of a dynamic cache of `length` positions to the first slots.
 
-        `parts` are each layer's keys, then values, `[b, kv heads, s, hd]`; sliding layers hold only the last ones.
+        `parts` are each layer's keys, then values, `[b, kv heads, s, hd]`; sliding layers have only the last ones.
         `orders` lists for each row the positions to copy, ascending. If `orders` has more rows than `parts`, each
         further row is filled from the last row of `parts`.
         """
@@ -130,7 +130,7 @@ class SlotBuffers:
                 buffer[row, :, stop - len(kept) : stop] = part[min(row, len(part) - 1), :, kept - first]
 
     def clear(self) -> None:
-        """Set all entries to zero: a NaN or infinite value would reach texts even from a slot that the mask hides."""
+        """Set all keys and values to zero: a NaN or infinity would affect texts even in a slot that the mask hides."""
         self._settle()
         for store in self._stores:
             store.zero_()
@@ -142,7 +142,7 @@ class SlotBuffers:
             buffer[:, :, : part.shape[2]] = part
 
     def move(self, slots: Tensor, to: Tensor) -> None:
-        """Copy each row's entries in `slots` `[b, m]` to the slots `to` `[b, m]`, in all layers."""
+        """Copy each row's keys and values from `slots` `[b, m]` to the slots `to` `[b, m]`, in all layers."""
         rows = torch.arange(len(slots), device=slots.device)[:, None]
         for store in self._stores:
             store[:, rows, :, to] = store[:, rows, :, slots]
@@ -157,7 +157,7 @@ class SlotBuffers:
         self._use(len(rows))
 
     def entries(self, slots: Tensor, first: int = 0) -> list[Tensor]:
-        """Copy the entries in `slots` `[b, s]`, a tensor on the CPU, of the b rows from `first` on.
+        """Copy keys and values from `slots` `[b, s]`, a tensor on the CPU, of the b rows from row `first` on.
 
         Returns each layer's keys, then values, `[b, kv heads, s, hd]`.
         """
@@ -176,7 +176,7 @@ class SlotBuffers:
 
 
 def _no_view(part: Tensor) -> Tensor:
-    """Return, on a CPU, a tensor of the same memory that is no view: compiled code would look up a view's base."""
+    """Return a CPU tensor as one that shares its memory but is no view: compiled code would look up a view's base."""
     if part.device.type != "cpu":
         return part
     storage, start = part.untyped_storage(), part.storage_offset()

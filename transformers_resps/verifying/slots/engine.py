@@ -16,9 +16,9 @@ from .forwards import SlotForward, steps_kind
 
 
 _BUFFER_SIZES = "b.s."  # dimensions of a buffer, as in `SlotForward.sizes`
-_CAPTURED_SIZES = (1, 2, 4, 8, 16, 32, 48, 64)  # numbers of nodes in captured graphs; above, multiples of 64
+_CAPTURED_SIZES = (1, 2, 4, 8, 16, 32, 48, 64)  # numbers of nodes in captured graphs; larger ones are multiples of 64
 
-# Relative difference of logits that weights rounded to 4 bits may cause; a wrong mask or layer costs more.
+# Relative difference of logits that weights rounded to 4 bits may cause; a wrong mask or layer causes a larger one.
 _ROUNDED_TOLERANCE = 0.7
 
 
@@ -35,7 +35,7 @@ class SlotEngine(CompileEngine[PreTrainedModel]):
 
     @torch.no_grad()
     def pattern(self, target: PreTrainedModel) -> Cache:
-        """Return a dynamic cache of one token, which shows the shapes and dtypes of the target's entries."""
+        """Return a dynamic cache of one token, from which callers read the shapes and dtypes of keys and values."""
         kind = target.dtype, target.device
         if self._pattern is None or self._pattern[0] != kind:
             cache = DynamicCache(config=target.config.get_text_config(decoder=True))
@@ -52,7 +52,7 @@ class SlotEngine(CompileEngine[PreTrainedModel]):
         return WeightFingerprint(self.owner, self.owner.config.get_text_config()._attn_implementation)
 
     def is_stored(self, target: PreTrainedModel, *, is_batch: bool) -> bool:
-        """Whether compiled code for steps over a batch, or else over one row, is stored on disk."""
+        """Whether compiled code is stored on disk for steps over one row or, with `is_batch`, over several rows."""
         name = _code_name(steps_kind(target, is_batch=is_batch), is_batch)
         with self.borrow(target) as lent:
             return lent is not None and lent.packages.have(name)
@@ -65,7 +65,7 @@ class SlotEngine(CompileEngine[PreTrainedModel]):
     def forward(
         self, forward: SlotForward, inputs: Sequence[Tensor], buffers: list[Tensor], row: int = 0
     ) -> tuple[Tensor, ...]:
-        """Run a forward compiled, or eagerly if that fails. If `buffers` hold only a batch's row i, `row` is i."""
+        """Run a forward compiled, or eagerly if that fails. If `buffers` hold one row of a batch, it is row `row`."""
         outputs: tuple[Tensor, ...] | None = None
         if not self.is_broken:
             code = self._code_of(forward, inputs, row)
@@ -76,7 +76,7 @@ class SlotEngine(CompileEngine[PreTrainedModel]):
         return forward(inputs, buffers) if outputs is None else outputs
 
     def _code_of(self, forward: SlotForward, inputs: Sequence[Tensor], row: int) -> Code:
-        """Return a forward's code; one row and batches, each `row`, and each set of layers have separate code."""
+        """Return the code of a forward; it is separate for one row, for batches, for each `row` and set of layers."""
         is_batch = len(inputs[0]) > 1
 
         def run(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -118,7 +118,7 @@ LEAST_ROWS = 4  # rows of a forward on a CPU: oneDNN takes longer for one or two
 
 
 def padded_count(device: torch.device, count: int, rows: int = 1) -> int:
-    """Return the number of nodes to which each of `rows` trees of `count` nodes is padded."""
+    """Round up the node count of each of `rows` trees to a number for which compiled code exists or is fast."""
     if device.type != "cuda":  # compiled code runs any number from two on; on CUDA each number needs a graph
         return max(count, 2, -(-LEAST_ROWS // rows))
     return next((size for size in _CAPTURED_SIZES if size >= count), -(-count // 64) * 64)

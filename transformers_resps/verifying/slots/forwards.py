@@ -26,7 +26,7 @@ class _PackedSlotLayer(SlotLayer):
 
 
 class SlotInputs(NamedTuple):
-    """The inputs of a forward over a tree or a part of a prompt. Node i gets the i-th slot after the root's."""
+    """The inputs of a forward over a tree or a part of a prompt. Node i is cached i slots after the root."""
 
     tokens: Tensor  # [b, n]
     depths: Tensor  # [b, n], below the root
@@ -49,7 +49,7 @@ class PackedInputs(NamedTuple):
 
 
 PACKED_STEPS = "packed steps"  # `kind` of forwards over `PackedInputs`
-# For each input a character per dimension: a letter if its size changes between calls (b only in batches), or a dot.
+# For each input a character per dimension: a dot if its size is fixed, else a letter (b is fixed except in batches).
 _SIZES = ("bn", "bn", "bnn", "b.", "bs", "k")
 _PACKED_SIZES = ("bn", "bn", "bnn", "b.", "bs", "r", "k")
 
@@ -57,10 +57,10 @@ _PACKED_SIZES = ("bn", "bn", "bnn", "b.", "bs", "r", "k")
 class SlotForward:
     """The forward of one target over trees, as a function of tensors.
 
-    `output_hidden_states` gives the hidden states of `feature_layers`, since compiled code cannot gain hooks; it lacks
-    the last layer's states before the final norm. With `feature_layers=None` the forward returns all layers' states,
-    so that one code works for every head. `cache` is a dynamic cache with any entries, whose shapes
-    are read. `options` are the caller's for `torch.compile`. Compiled code rounds weights to `bits`.
+    The hidden states of `feature_layers` come from `output_hidden_states`, since compiled code cannot gain hooks; the
+    last layer's states before the final norm are not among them. With `feature_layers=None` the forward returns all
+    layers' states, so that one code works for every head. `cache` is a dynamic cache that shows the shapes of keys and
+    values. `options` are the caller's for `torch.compile`. Compiled code rounds weights to `bits`.
     """
 
     is_invariant = False
@@ -105,7 +105,7 @@ class SlotForward:
         return self.run(tokens, slots, by_planes(positions), masks, buffers, inputs.kept, **options)
 
     def features(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], layers: list[int]) -> dict[int, Tensor]:
-        """Pick the hidden states `[b, n, h]` of these layers from the function's outputs for these inputs."""
+        """Pick the hidden states `[b, n, h]` of `layers` from the `outputs` of `function` for `inputs`."""
         caught = {layer: outputs[1 + self.places.index(min(layer, self._last))] for layer in layers}
         if self._inputs is SlotInputs:
             return caught
@@ -114,12 +114,12 @@ class SlotForward:
         return {layer: nodes.apart(states) for layer, states in caught.items()}
 
     def noted(self, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Pick from the function's outputs the tensors that advance the states of recurrent layers."""
+        """Pick from the outputs of `function` the tensors that later advance the states of recurrent layers."""
         return outputs[1 + len(self.places) :]
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Let the target use the attention that the function needs, inside a `with` block."""
+        """Set the target's attention to the one that `function` needs, inside a `with` block."""
         with use_gqa_attention(self.target):
             yield
 
@@ -169,7 +169,7 @@ class HybridForward(SlotForward):
 
 
 def packs_rows(target: PreTrainedModel, *, is_batch: bool) -> bool:
-    """Whether steps over a batch skip padding: real nodes are packed in one row, which only attention unpacks."""
+    """Whether steps skip a batch's padding: its real nodes are packed in one row, which only attention unpacks."""
     attention = target.config.get_text_config()._attn_implementation
     # whether layers pass the forward's keywords on to attention
     is_told = bool(target._supports_attention_backend) and attention in (STOCK, GROUPED)
@@ -178,7 +178,7 @@ def packs_rows(target: PreTrainedModel, *, is_batch: bool) -> bool:
 
 
 def steps_kind(target: PreTrainedModel, *, is_batch: bool) -> str:
-    """Return the `SlotForward.kind` that runs steps of one row, or of a batch."""
+    """Return the `kind` of the `SlotForward` that runs the target's steps."""
     if is_recurrent(target):
         return HybridForward.kind
     return PACKED_STEPS if packs_rows(target, is_batch=is_batch) else SlotForward.kind
@@ -198,7 +198,7 @@ def _laid_out(
     places = torch.arange(seen.shape[1], device=depths.device).expand_as(seen)
     index = slots[:, None].expand_as(ancestors)
     visible = (seen & (places < root))[:, None].expand(-1, depths.shape[1], -1).scatter(2, index, ancestors)
-    if are_computed is not None:  # it is cheapest if the other nodes attend to nothing
+    if are_computed is not None:  # the other nodes attend to nothing, which is cheapest
         visible = visible & are_computed[..., None]
     queries, keys = node_places[..., None], places.scatter(1, slots, node_places)[:, None]
     masks = {
@@ -224,7 +224,7 @@ def _run(
 ) -> Callable[..., tuple[Tensor, ...]]:
     """Make a function that runs the target over the first `size` slots of buffers, with a mask for each layer type.
 
-    It returns the `kept` nodes' logits, then the hidden states with indices `read`. Cache layers are of class `kind`.
+    The function returns the `kept` nodes' logits, then hidden states with indices `read`. Its cache layers are `kind`.
     """
     # `None` for a layer that gets buffers at each forward. A layer that uses another layer's keys needs no buffers.
     placeholders = [
@@ -267,6 +267,6 @@ def _run(
 
 
 class _StatesAlone:
-    """The cache layer of a recurrent layer without attention; it is empty, since the states are in the `WholeTree`."""
+    """An empty cache layer, for a recurrent layer without attention: its states are in the `WholeTree`."""
 
     is_compileable = supports_early_init = False

@@ -1,4 +1,4 @@
-"""Read prompts in parts into the static cache buffers, by the compiled code that verifies trees."""
+"""Prefill the static cache buffers part by part, with the compiled code that also verifies trees."""
 
 import torch
 from torch import Tensor
@@ -15,16 +15,16 @@ from .texts import SlotTexts, filled_up, rounded_up
 
 
 _PART = 256  # Largest number of tokens of a part: larger parts compute too many scores that the mask hides.
-# A part's numbers of tokens and slots are multiples of these, since preparing products of a new size takes time.
+# A part's token count and slot count are multiples of these: oneDNN prepares each new size of a product, in some time.
 _PART_STEP, _PART_WINDOW = 4, 32
-_PACKED_STEP = 16  # If several rows are packed into one row, this row's number of tokens is a multiple of this.
+_PACKED_STEP = 16  # If several rows are packed into one row, its number of tokens is a multiple of this.
 
 
 def reads_compiled(forward: TargetForward, rows: RowEnds) -> bool:
     """Whether compiled code can read the prompt: only on a CPU, if position id minus slot is constant in each row.
 
-    False with recurrent layers, since these need Transformers' scans, and with 'longrope', since the length of the
-    prompt decides the frequencies, so that one forward must read it all.
+    Returns false for recurrent layers, which need Transformers' scans, and for 'longrope', whose frequencies depend on
+    the prompt's length, so that one forward must process the whole prompt.
     """
     target = forward.target
     if rows.device.type != "cpu" or is_recurrent(target) or longrope_boundary(target.config) is not None:
@@ -36,7 +36,7 @@ def reads_compiled(forward: TargetForward, rows: RowEnds) -> bool:
 
 
 class PartReader:
-    """Reads prompts by the compiled code of `SlotSteps`, and returns only the last token's logits."""
+    """Prefills prompts with the compiled code of `SlotSteps`; only the last token's logits are computed."""
 
     def __init__(self, forward: TargetForward, texts: SlotTexts, steps: SlotSteps) -> None:
         self._forward, self._texts, self._steps = forward, texts, steps

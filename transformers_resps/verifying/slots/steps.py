@@ -19,7 +19,7 @@ from .texts import SlotTexts, filled_up
 
 
 class RowStates:
-    """The states of all recurrent layers, for each row of the buffers."""
+    """The states of all recurrent layers, for each row of the static cache buffers."""
 
     def __init__(self, kinds: StateKinds, cache: Cache) -> None:
         self.kinds = kinds
@@ -43,7 +43,7 @@ class VerifyingSteps(ABC):
 
     @abstractmethod
     def begin(self, cache: Cache) -> None:
-        """Prepare for trees, once the number of rows is known. `cache` holds the prompt, if it was read already."""
+        """Prepare for trees, once the number of rows is known. `cache` holds the prompt, if a forward has read it."""
 
     @abstractmethod
     def verify(self, tree: DraftTree) -> tuple[Tensor, Features]:
@@ -53,8 +53,8 @@ class VerifyingSteps(ABC):
 class SlotSteps(VerifyingSteps):
     """Runs a target over trees in the normal mode, compiled if there is an `engine`.
 
-    `options` are for `torch.compile`. With `follows_parts` the first step does not compile: the prompt was read in
-    parts, by the same compiled code.
+    `options` are for `torch.compile`. With `follows_parts` the first step compiles nothing, because the same code has
+    already read the prompt in parts.
     """
 
     _over_slots: SlotForward
@@ -117,14 +117,14 @@ class SlotSteps(VerifyingSteps):
         return PackedInputs(*nodes, seen, torch.tensor(packed), texts.first(len(packed)))
 
     def _apart(self, count: int, *others: int) -> int:
-        """Return `count`, or, if the forward may be compiled now, the next number that is no size in `others`."""
+        """Return `count` or, if the forward may be compiled now, the next size unlike `others` and the row count."""
         return count if self._follows_parts else apart(count, self._texts.count, *others)
 
 
 class RoundedSteps:
     """Runs a target with weights rounded to 4 bits over drafted tokens, compiled by `engine`.
 
-    Keys and values of the tokens lie in the slots that the next tree overwrites.
+    The tokens' keys and values are written to slots that the next tree overwrites.
     """
 
     def __init__(self, forward: TargetForward, texts: SlotTexts, engine: SlotEngine) -> None:

@@ -1,4 +1,4 @@
-"""Track which slots (positions in the static cache buffers) each batch row's text and newest tree fill."""
+"""Track which slots (positions in the static cache buffers) hold each batch row's text and newest tree."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -31,7 +31,7 @@ def windowed(count: int) -> int:
 class SlotTexts:
     """The texts of a batch in static cache buffers: token i of a text has slot i; a tree's nodes have the next slots.
 
-    `pattern` is a cache with entries, which shows the shapes of the target's keys and values. With `has_padding` the
+    `pattern` is a cache from which the shapes of the target's keys and values are read. With `has_padding` the
     prompt's padding has slots, too; else every text begins at slot 0. `window` rounds up the number of slots that a
     forward attends over. The buffers have `count` rows: the batch, then copies of its last row; 0 before `begin`.
     """
@@ -48,7 +48,7 @@ class SlotTexts:
         self._numbers = torch.empty(0, dtype=torch.long, device=rows.device)
 
     def begin(self, cache: Cache) -> None:
-        """Reserve buffers for the prompt, and copy the entries of `cache` to them."""
+        """Reserve buffers for the prompt, and copy the keys and values in `cache` to the buffers."""
         end, length = self.rows.prompt_length, self.rows.length
         self.count, self._hidden = len(self.rows), [end - len(order) for order in self.orders(end)]
         self.buffers.reserve(parts_of(self.pattern), self.count, windowed(end + WINDOW) + SPARE)
@@ -88,7 +88,7 @@ class SlotTexts:
         return self._numbers[:count]
 
     def nodes(self, tree: DraftTree, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return tokens, depths, ancestors and roots of the next tree, padded to the buffers' rows and `count` nodes.
+        """Return tokens, depths, ancestors and roots of `tree`, padded to the buffers' rows and `count` nodes.
 
         The roots `[rows, 1 + planes]` hold each root's slot, then its position ids (several in M-RoPE).
         """
@@ -111,7 +111,7 @@ class SlotTexts:
         self.rows.slots.extend(list(map(len, paths)))
 
     def keep_rows(self, rows: list[int]) -> list[int]:
-        """Keep only `rows`; return the rows that the buffers then hold: `rows`, then copies of the last of them."""
+        """Keep only `rows`; return the rows that the buffers hold now: `rows`, then copies of the last one."""
         self.rows.keep_rows(rows)
         self._hidden = [self._hidden[row] for row in rows]
         # a single row would need other code on a CPU; elsewhere any other number of rows needs another graph
@@ -121,7 +121,7 @@ class SlotTexts:
         return kept
 
     def give_back(self, cache: Cache, rows: slice, length: int) -> None:
-        """Copy the entries of `rows` at the first `length` positions, padding included, to a dynamic cache."""
+        """Copy keys and values of `rows` at the first `length` positions, padding included, to the dynamic `cache`."""
         positions = torch.arange(length)
         orders = self.orders(length)[rows]
         slots = torch.stack([torch.searchsorted(order, positions, right=True) for order in orders]) - 1

@@ -23,15 +23,15 @@ from .steps import RoundedSteps, SlotSteps, VerifyingSteps
 from .texts import SlotTexts, windowed, with_rows
 
 
-# Reads the end `[b, t]` of a prompt into the static cache buffers, see `Verifier.prefill`: (tokens, chunk size) -> ...
+# (last tokens `[b, t]` of a prompt, chunk size) -> results of `Verifier.prefill`; fills the static cache buffers.
 ReadPrompt = Callable[[Tensor, int | None], tuple[Tensor, list[Features]]]
 
 
 class SlotVerifier(Verifier):
     """Verifies trees with static cache buffers, in which token i of a text has position (slot) i.
 
-    If `read` is `None`, prompts are read into the cache of `forward`, then copied to the buffers. With `gives_back`,
-    `close` copies all kept entries to that cache.
+    If `read` is `None`, prompts are prefilled into the cache of `forward`, then copied to the buffers. With
+    `gives_back`, `close` copies all kept keys and values to that cache.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class SlotVerifier(Verifier):
     def prefill(
         self, tokens: Tensor, chunk_size: int | None = None, **options: int | Tensor
     ) -> tuple[Tensor, list[Features]]:
-        """See `Verifier.prefill`. Returns only the last token's logits if the verifier got a `read`."""
+        """See `Verifier.prefill`. If the verifier has a function `read`, only the last token's logits are returned."""
         if self._read is None:
             return super().prefill(tokens, chunk_size, **options)
         self.start(len(tokens))
@@ -69,7 +69,7 @@ class SlotVerifier(Verifier):
         self.reads_paths = self._steps.states is not None
 
     def verify(self, tree: DraftTree) -> tuple[Tensor, Features]:
-        """See `Verifier.verify`; this also removes the results of padding rows and nodes."""
+        """See `Verifier.verify`. Results of padding rows and padding nodes are removed."""
         logits, features = self._steps.verify(tree)
         rows, count = tree.tokens.shape
         parts = [logits, *features.caught.values()]
@@ -109,7 +109,7 @@ class SlotVerifier(Verifier):
             states.kinds.give_back(states.tensors, cache, rows)
 
     def unread_cache(self) -> Cache | None:
-        """Return a cache that is filled when it is first read, at the latest before a call overwrites the buffers."""
+        """Return a cache that is filled when it is first read, or at the latest when a call overwrites the buffers."""
         if not self._texts.count or not self.length or not self.is_even:
             return None
         cache, length, rows = self.forward.cache, self.length, slice(0, len(self.rows))
@@ -126,7 +126,7 @@ class SlotVerifier(Verifier):
         return unread
 
     def close(self) -> None:
-        """If `gives_back`, copy kept entries to the cache, unless rows differ in length, which no caller can use."""
+        """With `gives_back`, copy keys and values to the cache, unless rows differ in length, which no caller uses."""
         if self._gives_back and self._texts.count and self.length and self.is_even:
             self._give_back(self.forward.cache, slice(0, len(self.rows)), self.length)
         super().close()
