@@ -27,7 +27,7 @@ from ..masks import AttentionPattern, additive
 
 
 INVARIANT = "resps_invariant"  # name of the attention implementation
-LENT = (STOCK, GROUPED, INVARIANT)  # attention of an `sdpa` target, perhaps changed by other threads' calls
+LENT = (STOCK, GROUPED, INVARIANT)  # names that an `sdpa` target's attention may have while other threads' calls run
 BLOCK = 64  # number of keys in a block
 _ROWS = 4  # nodes that query a path's block together
 # Query rows are filled up to a multiple of this. PyTorch's CPU kernel takes 32 rows at a time, and MKL sums the last
@@ -36,12 +36,12 @@ _MULTIPLE = 8
 
 
 def levels_below(place: int, depth: int) -> int:
-    """Count the blocks in which a tree's nodes lie, given its root's place in the text and its depth."""
+    """Count the blocks that contain a tree's nodes, from the root's `place` in the text and the tree's `depth`."""
     return (place % BLOCK + depth) // BLOCK + 1
 
 
 class BlockLayout(NamedTuple):
-    """Lists the blocks of keys to which the nodes of a tree, or the tokens of a prompt, attend, and g query groups.
+    """Lists which blocks of keys the nodes of a tree, or the tokens of a prompt, attend to, in g groups of queries.
 
     A place is a token's index in the text, and also a text token's slot. Node i has the i-th slot after the root.
     """
@@ -201,7 +201,7 @@ class _LayerReads(NamedTuple):
 
 
 class BlockReads:
-    """Makes a layout's query rows and masks, once for all equal layers; `places` `[b, n]` are its nodes' places."""
+    """Makes query rows and masks for a layout, once for all equal layers. `places` `[b, n]`: the nodes' places."""
 
     def __init__(self, layout: BlockLayout, places: Tensor, dtype: torch.dtype) -> None:
         self.layout, self._places, self._dtype = layout, places, dtype
@@ -221,7 +221,7 @@ class BlockReads:
         return torch.cat([part.flatten(1, 2) for part in (shared, own)], dim=1)[:, None]
 
     def _shown(self, keys: Tensor, places: Tensor, last: Tensor, pattern: AttentionPattern) -> Tensor:
-        """Make the additive mask of queries at `places`, which see keys up to place `last`, if `pattern` allows it."""
+        """Make the additive mask of queries at `places`; they see the keys up to `last` that `pattern` allows."""
         seen = pattern.mask(places, keys, keys <= last)
         # Half the dtype's minimum, since kernels on a GPU multiply scores by log2(e). The minimum would become
         # infinite there, and a block with only infinite scores would get the log-sum-exp 0.

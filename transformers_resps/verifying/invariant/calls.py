@@ -1,4 +1,4 @@
-"""Raise for calls that the exact mode (`invariant=True`) cannot serve, and make the verifiers of other calls.
+"""Refuse calls that the exact mode (`invariant=True`) does not support, and make the verifiers of other calls.
 
 A caller's processor, criterion or layer that reads the clock or other rows is not detected (docs/same-text.md).
 """
@@ -45,8 +45,8 @@ logger = logging.getLogger(f"transformers.{__name__}")
 Obstacle = tuple[str, str]  # the part of the call that is refused, and what to do instead
 
 _OTHER_MODEL = "Use a decoder of text with attention layers alone"
-TRIED_DEVICES = ("cpu",)  # where the mode has run; it is written for GPUs, too: tests/lossless/test_gpu.py
-_POSITION_BIASES = ("relative_position_bias", "relative_attention_bias")  # of attention layers
+TRIED_DEVICES = ("cpu",)  # devices on which the mode has run; tests/lossless/test_gpu.py is for GPUs
+_POSITION_BIASES = ("relative_position_bias", "relative_attention_bias")  # submodules of attention layers
 
 
 def _of_model(model: PreTrainedModel) -> Iterator[Obstacle]:
@@ -201,7 +201,7 @@ class InvariantCalls:
         self._compare(model, compile)
 
     def mode(self, target: PreTrainedModel, *, compiles: bool = False) -> InvariantMode:
-        """Make the exact mode for one call; raise a `ValueError` if no number of rows makes each row round alike."""
+        """Make the exact mode of one call; raise a `ValueError` if no row count makes kernels round each row alike."""
         return InvariantMode(self._engine, self.code, self._needs(target, compiles=compiles), compiles)
 
     def _needs(self, target: PreTrainedModel, *, compiles: bool) -> RowNeeds:

@@ -21,7 +21,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ..lending import Change, lent
 
 
-_ENDS_OF_NAMES = ("Experts", "MoE", "Moe", "MoA", "MoEBlock", "MoeBlock")  # of classes that mix experts
+_ENDS_OF_NAMES = ("Experts", "MoE", "Moe", "MoA", "MoEBlock", "MoeBlock")  # class names of mixtures end so
 
 
 @torch.library.custom_op("resps::multiply_segments", mutates_args=())
@@ -170,7 +170,7 @@ def _mixture(block: Any, target: PreTrainedModel, least: int) -> Callable[[Tenso
 
 
 def _is_served(module: Any, config: PreTrainedConfig) -> bool:
-    """Whether a module looks up its function by the name in `config`, and its weights are whole and not quantized."""
+    """Whether a module looks up its function by the name in `config`, and has all its weights, not quantized."""
     if not (hasattr(module, "is_transposed") and hasattr(module, "has_gate")) or module.config is not config:
         return False
     is_whole: bool = module.down_proj.dtype.itemsize > 1  # quantized weights have one byte at most

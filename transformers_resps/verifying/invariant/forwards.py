@@ -46,7 +46,7 @@ class PartInputs(NamedTuple):
 
 
 class InvariantForward(SlotForward):
-    """Computes each node from its own text alone. `running` holds `lock`, so that one thread at a time is inside."""
+    """Computes each node from its own text alone. `running` holds `lock`, so only one thread runs it at a time."""
 
     is_invariant = True
     sizes = ("bn", "bn", "b.", "bn.", "k", "s.", "bn", "r", "bg.", "bg.", "bg.", "bg", "lbn")
@@ -56,7 +56,7 @@ class InvariantForward(SlotForward):
         self, lock: Lock, least_rows: int, target: PreTrainedModel, cache: Cache, feature_layers: list[int] | None
     ) -> None:
         super().__init__(target, cache, feature_layers)
-        self._lock, self._least_rows = lock, least_rows  # experts multiply a multiple of so many rows
+        self._lock, self._least_rows = lock, least_rows  # experts multiply multiples of `least_rows` rows
         self.kind = f"invariant steps with experts of {least_rows} rows"
 
     def function(self, *tensors: Tensor) -> tuple[Tensor, ...]:

@@ -1,4 +1,4 @@
-"""Find how many rows a layer must get, so that a row has the same bits whatever other rows are computed with it.
+"""Find how many rows a layer's input must have, so that a row's result never depends on the other rows.
 
 A kernel chooses its loops by the whole problem: it may sum a single row in another order than two rows, the last three
 rows of seven in another order than the first four, or rows at the end of a thread's share in another order than the
@@ -21,14 +21,14 @@ from .attention import BLOCK, BlockLayout, BlockReads, invariant_attention, leve
 from .experts import routed_layers
 
 
-_CANDIDATES = (16, 8, 4, 2, 1)  # each divides those before it, so the largest that a layer needs serves all layers
+_CANDIDATES = (16, 8, 4, 2, 1)  # row counts; each divides the larger ones, so the largest one needed fits all layers
 _COUNTS = (*range(1, 10), 12, 15, 16, 17, 24, 31, 32, 33, 40, 48, 49, 64, 65, 100, 128, 200, 512)
 _FEWEST = 48  # the least number of rows to try, where products are expensive
 _MOST_WORK = 2**29  # the most multiplications of a product over more rows
 _TRIED = 12  # rows tried of each count: each shows another order of its sum with probability 0.5 or more (measured)
 # Distances by which rows move in forwards with a fixed number of rows: kernels group rows by powers of two.
 _SHIFTS = (1, 2, 4, 8, 15)
-_APART = 13  # shift of rows from their place in the whole sample: no multiple of a kernel's sizes
+_APART = 13  # first row of the first range to try: no multiple of a kernel's sizes
 _TRIED_VALUES = 2**14  # values tried of an activation or attention: one in 1,000 shows another computation (measured)
 _SCALE = 3  # standard deviation of samples: in bfloat16 the two computations of gelu differ at -5 only
 _PLACES = 256  # tokens of the text with which attention is tried
@@ -97,7 +97,7 @@ class RowNeeds:
 
 
 def possible_needs(device: torch.device) -> list[RowNeeds]:
-    """Return the needs that kernels on such a device may have, the cheapest first, the strictest last."""
+    """Return the `RowNeeds` that kernels on `device` may have, from the cheapest to the strictest."""
     if device.type != "cpu":
         return [RowNeeds(_EXACTLY, is_exact=True)]
     # AMX computes 16 rows in one way, and 17 in another.
@@ -123,7 +123,7 @@ class RowClasses:
         return self._needs(target, _parts)
 
     def needs_of_experts(self, target: PreTrainedModel) -> RowNeeds:
-        """Return the `needs` of the experts alone, for code in which our kernels compute all else."""
+        """Return the `needs` of the experts alone, for code in which our kernels compute all other layers."""
         return self._needs(target, _routed_parts)
 
     def _needs(self, target: PreTrainedModel, parts: Callable[[PreTrainedModel, int], Iterator["_Part"]]) -> RowNeeds:

@@ -31,7 +31,7 @@ _PLACE = 100  # Number of tokens of the text before these chains.
 
 
 class ModelCode:
-    """Checks that the compiled code of one model rounds each text in one way; holds the lock of the model's forwards.
+    """Checks that a model's compiled code always rounds a text alike, and has the lock of the model's forwards.
 
     `lock` guards the name of the target's attention. The checks run over `sample`, tokens of a prompt, since compiled
     and eager code differ more over random tokens. `compared` holds the rows and kernel settings of checked code.
@@ -136,11 +136,11 @@ class InvariantSteps(VerifyingSteps):
         return self.run((*inputs, *layout), texts.buffers.parts())
 
     def step(self, rows: int) -> int:
-        """Return a divisor that each row's number of nodes must have in a forward of `rows` rows."""
+        """Return the number whose multiples a row's node count may be in a forward of `rows` rows."""
         return self.needs.forward // gcd(self.needs.forward, rows)
 
     def count(self, nodes: int, rows: int, step: int | None = None) -> int:
-        """Round each row's number of nodes up to a multiple of `step`, by default that of the method `step`."""
+        """Round each row's number of nodes up to a multiple of `step`, by default `self.step(rows)`."""
         step = step or self.step(rows)
         if self.engine is None:
             return rounded_up(max(nodes, -(-self._fewest // rows)), step)
@@ -243,7 +243,7 @@ def doubled(count: int) -> int:
 
 
 def _tried(rows: int) -> tuple[int, ...]:
-    """Return lengths of the chains that check compiled code for `rows` rows; the longest is that of a prompt chunk."""
+    """Return lengths of chains that check compiled code for `rows` rows; the longest is as long as a prompt chunk."""
     largest = _CHUNK // rows // 16 * 16
     return (*_TRIED, *((largest - 28, largest) if largest > _TRIED[-1] else ()))
 
@@ -255,7 +255,7 @@ class TextReader:
         self._steps, self._is_compiled = steps, is_compiled
 
     def read(self, tokens: Tensor, chunk_size: int | None) -> tuple[Tensor, list[Features]]:
-        """Read the prompt's end `tokens` `[b, t]` in chunks of at most `chunk_size`, smaller if kernels need that."""
+        """Prefill with `tokens` `[b, t]`, the prompt's uncached end, in chunks of at most `chunk_size` tokens."""
         steps, ends, rows = self._steps, self._steps.texts.rows, len(tokens)
         orders = [order.to(ends.device) for order in steps.texts.orders(ends.prompt_length)]
         tokens = tokens.to(ends.device)
@@ -283,7 +283,7 @@ class TextReader:
         return logits, {layer: prompt.padded(states) for layer, states in joined.items()}
 
     def read_chunk(self, prompt: "_PromptTexts", start: int, size: int, logits: list[Tensor]) -> dict[int, Tensor]:
-        """Read a chunk of each row; return its features, and set `logits[row]` `[1, v]` for rows that end in it."""
+        """Read a chunk of each row; return its features, and set `logits[row]` `[1, v]` for rows that end there."""
         steps, rows = self._steps, len(prompt.counts)
         steps.check_code(rows, prompt.tokens[0])
         width = min(size, prompt.tokens.shape[1] - start)
