@@ -49,7 +49,7 @@ class AutoDraftHead:
 def load_drafter(
     name: str | os.PathLike[str], target: PreTrainedModel, **keywords: Any
 ) -> DraftSource | PreTrainedModel:
-    """Load a drafter in the target's dtype, on its device; "mtp" means the target's MTP layers, "self" its weights."""
+    """Load a drafter in the target's dtype, on its device; "mtp" is the target's MTP layers, "self" a `SelfDraft`."""
     if name == ITSELF:
         return SelfDraft(target)
     if name == CAME_ALONG:

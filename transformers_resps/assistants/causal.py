@@ -20,7 +20,7 @@ from ..verifying.unknown_targets import FAILURES, beyond_tolerance
 from .loaded import LoadedModel
 
 
-_PADDED = 0.01  # Vocabulary sizes of model and target may differ by this share, because some are padded.
+_PADDED = 0.01  # The vocabulary sizes of model and target may differ by this share, because some models pad theirs.
 _SAME_TOKENS = (
     "Pass a model with the target's tokenizer, or leave out the policy and pass both tokenizers: Transformers then "
     "drafts chains."

@@ -32,7 +32,7 @@ class GemmaAssistant(LoadedModel):
 
     @property
     def feature_layers(self) -> list[int]:
-        """The index for which `FeatureTap` returns the output of the target's final norm: the number of layers + 1."""
+        """The number of layers + 1: the index of the output of the target's final norm, see `FeatureTap`."""
         return [self._layer_count + 1]
 
     def _obstacle(self, target: PreTrainedModel) -> str | None:
@@ -136,7 +136,7 @@ class _Queries(StepModel):
         return outputs.last_hidden_state
 
     def logits(self, output: Tensor, depth: int = 0) -> Tensor:
-        """Compute the logits of all tokens or, if the model clusters its vocabulary, of the tokens of `_nearest`."""
+        """Compute logits of all tokens; if the model clusters its vocabulary, only of the tokens of `_nearest`."""
         if self._embedder is None:
             return self._model.lm_head(output).float()
         return self._scores(output, self._nearest(output))

@@ -1,8 +1,8 @@
 """Draft with multi-token prediction (MTP) layers, which many checkpoints contain but Transformers does not load.
 
 An MTP layer reads a token's embedding and the hidden state of the token before it, runs a decoder layer of the
-target's class, and predicts the next token (DeepSeek-V3, arXiv 2412.19437, section 2.2). In reading order: the layer,
-loading and saving, and the layers bound to one target.
+target's class, and predicts the next token (DeepSeek-V3, arXiv 2412.19437, section 2.2). This module has, in order,
+the layer, its loading and saving, and the layers bound to one target.
 """
 
 import copy
@@ -118,8 +118,8 @@ class MtpReading(FileReading):
 class MtpHead(TrainableSource, nn.Module):
     """The MTP layers of a checkpoint, as a drafter: pass it to `generate` as `assistant_model`.
 
-    It uses the target's final norm, embedding and output head; but if the checkpoint has separate embeddings or output
-    heads for these layers, it uses those.
+    The layers use the target's final norm, embedding and output head, or the separate embeddings and output heads that
+    a checkpoint may have for MTP layers.
     """
 
     def __init__(self, config: MtpConfig, target: PreTrainedModel) -> None:
@@ -427,7 +427,7 @@ def _borrowing(config: MtpConfig, checkpoint: MtpCheckpoint, target: PreTrainedM
 
 
 class KeptRows:
-    """Keeps for each MTP layer the output head's rows of the draft vocabulary; copies them anew if weights change."""
+    """Keeps, for each MTP layer, copies of the output head's rows for the draft vocabulary, until weights change."""
 
     def __init__(self) -> None:
         self._kept: dict[int, tuple[tuple[int, int], Callable[[Tensor], Tensor]]] = {}
@@ -505,7 +505,7 @@ class BoundMtp(TrainableModel):
     def run(
         self, depth: int, tokens: Tensor, hidden: Tensor | None, places: Places, entries: Entries, wanted: Wanted = ALL
     ) -> Tensor:
-        """Run MTP layer number `depth`; then apply its norm, except if `fed_back` is "before"."""
+        """Run MTP layer number `depth`, then its norm, unless `fed_back` is "before"; return the wanted outputs."""
         embeddings = self._tables[depth](tokens).to(self.device, self.dtype)
         positions = places[-1]
         options: dict[str, Any] = {}

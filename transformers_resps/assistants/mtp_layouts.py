@@ -143,9 +143,7 @@ class Stored:
 
 
 def stored_names(names: Iterable[str], layer_count: int) -> dict[str, Stored]:
-    """Group the `names` of a checkpoint's tensors by our name of the MTP tensor that they make up. Leave out other
-    tensors. The target has `layer_count` layers.
-    """
+    """Group MTP tensors' names among `names` by our tensor that they make up, for a target of `layer_count` layers."""
     stored: dict[str, Stored] = {}
     for name in names:
         ours = _canonical(name, layer_count)

@@ -1,7 +1,7 @@
 """Draft with the target's own weights, rounded to 4 bits: any model gets a drafter without a download.
 
-Reading rounded weights takes a fraction of a step's time, and the rounded model mostly picks the target's tokens
-(ML-SpecQD, arXiv 2503.13565). It attends to the target's own keys and values, so it reads no text a second time.
+Loading rounded weights takes a fraction of a step's time, and the rounded model mostly picks the target's tokens
+(ML-SpecQD, arXiv 2503.13565). It attends to the target's own keys and values, so it needs no prefill of its own.
 """
 
 from typing import Any
@@ -72,7 +72,7 @@ class SelfDraft(DraftSource):
 
 
 class SelfDrafter(Drafter):
-    """Drafts with rounded weights a chain of likeliest tokens, and beside it each level's next likeliest tokens."""
+    """Drafts a chain of likeliest tokens with rounded weights, and adds each level's next likeliest tokens."""
 
     def __init__(self, steps: RoundedSteps, vocabulary: int) -> None:
         self._steps, self.proposable_tokens = steps, vocabulary
@@ -96,10 +96,10 @@ class SelfDrafter(Drafter):
         return CandidatePool(ids, parents, paths, levels)
 
     def observe(self, committed: Committed) -> None:
-        """Do nothing, since the verifier keeps the text."""
+        """Do nothing, since the verifier's cache has the text."""
 
     def take_compile_seconds(self) -> float:
         return self._steps.take_compile_seconds()
 
     def keep_rows(self, rows: list[int]) -> None:
-        """Do nothing, since the verifier keeps the rows."""
+        """Do nothing, since the verifier drops the other rows."""
