@@ -5,7 +5,7 @@ vectors, by tiles and by the library.
 import copy
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from transformers_resps.compilation.native import (
     use_native,
 )
 from transformers_resps.compilation.packages import FOLDER_VARIABLE, ModulePackages, stored_packages
+from transformers_resps.compilation.parts import ProgramPart
 
 
 OPERATOR = torch.ops.resps.bf16_linear.default
@@ -517,3 +518,24 @@ def test_a_step_runs_one_operator_a_layer_of_the_usual_kind(
     assert operators[LAYER] == layers
     attending = torch.ops.resps.bf16_attention.default, torch.ops.resps.bf16_block_attention.default
     assert sum(operators[operator] for operator in attending) == 2 - layers
+
+
+@pytest.mark.parametrize(("architecture", "layers"), [("llama", [2, 2, 2]), ("qwen3", [1] * 6)])
+def test_layers_of_the_usual_kind_are_compiled_together(
+    architecture: str, layers: list[int], on_any_processor: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three equal parts remain, so that only one is compiled."""
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
+    sizes = {"hidden_size": 64, "head_dim": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
+    target = Architecture(architecture, sizes | {"num_hidden_layers": 6}).build("sdpa").bfloat16()
+    attentions = list[int]()
+
+    def seen(writer: Any, program: torch.export.ExportedProgram, parts: Sequence[ProgramPart], *_: Any) -> None:
+        attending = torch.ops.resps.bf16_attention.default
+        attentions.extend(sum(node.target is attending for node in part.nodes) for part in parts)
+        raise _SeenError
+
+    monkeypatch.setattr(packages._Writer, "write_parts", seen)
+    with pytest.raises(_SeenError):
+        attach(target, compile=True).generate(torch.tensor([[5, 7]]), policy=PLAIN)
+    assert attentions == [0, *layers, 0]

@@ -78,15 +78,29 @@ def test_equal_layers_are_alike_and_others_are_not(wide: tuple[int, ...], codes:
     assert [len(part.weights) for part in parts] == [1, 4, 4, 4, 4, 4, 2]
 
 
+@pytest.mark.parametrize(
+    ("count", "wide", "layers"),
+    [(9, (), [3, 3, 3]), (8, (), [2, 2, 2, 2]), (7, (0,), [1, 2, 2, 2]), (7, (), [1] * 7), (7, (3,), [1] * 7)],
+    ids=str,
+)
+def test_equal_layers_that_follow_one_another_become_parts_together(
+    count: int, wide: tuple[int, ...], layers: list[int]
+) -> None:
+    """Whichever states the program returns: here those after the second layer."""
+    parts = parts_of(program_of(Decoder(count, wide=wide)), together=4)
+    assert [len(part.weights) for part in parts] == [1, *(4 * size for size in layers), 2]
+    assert len({part.likeness for part in parts}) == 3 + len(wide)
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("width", [3, 5, 9])
-def test_the_parts_one_after_the_other_are_the_whole(width: int) -> None:
-    decoder = Decoder(wide=(3,))
+@pytest.mark.parametrize(("width", "wide", "together"), [(3, 3, 1), (5, 3, 1), (9, 3, 1), (3, 0, 2), (9, 0, 2)])
+def test_the_parts_one_after_the_other_are_the_whole(width: int, wide: int, together: int) -> None:
+    decoder = Decoder(7, wide=(wide,))
     program = program_of(decoder)
     inputs, expected = (inputs_of(decoder, width=width) for _ in range(2))
     names = program.graph_signature.user_inputs
     values = dict(zip(names, inputs, strict=True))
-    for part in parts_of(program):
+    for part in parts_of(program, together):
         made = exported_part(program, part).module()(*(values[node.name] for node in part.inputs))
         values |= {node.name: value for node, value in zip(part.outputs, made, strict=True)}
     outputs = [values[name] for name in program.graph_signature.user_outputs]

@@ -265,9 +265,7 @@ def use_native(program: ExportedProgram, *, alike: bool, bits: int = 16) -> Kern
     products = Products(tuple((weight.shape[1], weight.shape[0]) for weight in weights), heads)
     kernels = chosen_kernels(products, alike=alike)
     if kernels.attention.library_from > 1:
-        layouts = {node: layout for (_, layout), nodes in by_input.items() for node in nodes}
-        for attention in _attending(graph):
-            layer = _decoder_layer(attention, layouts)
+        for layer in _decoder_layers(program):
             if layer is not None:
                 _replace_layer(graph, layer, kernels)
         by_input = _layers(program)
@@ -279,6 +277,12 @@ def use_native(program: ExportedProgram, *, alike: bool, bits: int = 16) -> Kern
             _join(graph, layers, choice)
     program.graph_module.recompile()
     return kernels
+
+
+def has_usual_layers(program: ExportedProgram) -> bool:
+    """Whether one of our operators can compute each layer with attention, which is then compiled in no time."""
+    layers = [*_decoder_layers(program)]
+    return bool(layers) and None not in layers
 
 
 def _attending(graph: Graph) -> list[Node]:
@@ -615,6 +619,12 @@ class _LayerReader:
         linear = [*(node for _, node in made), output, gate, up, down]
         heads = _value(query).shape[1]
         return _Layer(self.read, users, end, attention, linear, tensors, slots, [heads, norm[1], last_norm[1], scale])
+
+
+def _decoder_layers(program: ExportedProgram) -> Iterator[_Layer | None]:
+    """Return an iterator of `_decoder_layer` for each attention; earlier layers may be replaced in the meantime."""
+    layouts = {node: layout for (_, layout), nodes in _layers(program).items() for node in nodes}
+    return (_decoder_layer(attention, layouts) for attention in _attending(program.graph))
 
 
 def _decoder_layer(attention: Node, layouts: Mapping[Node, _Layout]) -> _Layer | None:

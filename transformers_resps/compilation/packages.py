@@ -37,7 +37,7 @@ from transformers.utils.logging import tqdm
 
 from .few_bits import exposed, few_bits, named_weights
 from .kernels import demanded_kernel, native_object, our_kernels
-from .native import native_operators, use_native
+from .native import has_usual_layers, native_operators, use_native
 from .pages import collapse, release
 from .parts import ProgramPart, UncuttableError, exported_part, parts_of, weight_names
 
@@ -54,6 +54,7 @@ _CODE, _MANIFEST = "code.pt2", "package.json"
 _LINKED = "LIBRARY_PATH"  # Environment variable of GCC and Clang: folders where the linker looks.
 _NAME_LENGTH = 24  # Hexadecimal digits of a digest.
 _IN_WORDS = "model"  # Entry with a module's name. It need not match, since the same module may have another name.
+_LAYERS_OF_A_PART = 6  # Most layers to compile together: more gain nothing, and take memory while compiling.
 _SAMPLED = 4  # Values of each weight that a folder's name depends on; the manifest has a digest of all values.
 _compiling = Lock()  # Held while compiling, since Inductor's settings and its constant folding are global.
 
@@ -298,7 +299,8 @@ def _compile(module: nn.Module, job: CompileJob, path: Path, bar: Any) -> _Manif
         bar.update()
         writer = _Writer(path, job)
         try:
-            return writer.write_parts(program, parts_of(program), weights, bar)
+            parts = parts_of(program, _LAYERS_OF_A_PART if has_usual_layers(program) else 1)
+            return writer.write_parts(program, parts, weights, bar)
         except UncuttableError:  # A new archive replaces the one that may hold some parts.
             return writer.write_whole(program, weights)
 

@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import torch
 from torch import Tensor, nn
@@ -34,27 +34,46 @@ class ProgramPart:
     likeness: str  # equal in parts that can run the same code
 
 
-def parts_of(program: ExportedProgram) -> list[ProgramPart]:
+def parts_of(program: ExportedProgram, together: int = 1) -> list[ProgramPart]:
     """Cut a program into the nodes before its layers, each layer, and the nodes after its layers.
 
-    Raises an `UncuttableError` if no layers are equal, or if a layer returns sizes or a tensor in an input's memory.
+    Up to `together` layers become one part if all equal layers follow one another, since each call of a part costs
+    about 10 us. Raises an `UncuttableError` if no layers are equal, or if a layer returns sizes or a tensor in an
+    input's memory.
     """
-    graph, weights = program.graph, set(weight_names(program))
-    stretches = [(nodes, [*_missing_sizes(nodes), *nodes]) for nodes in _stretches(graph)]
-    external = [_external(nodes) for _, nodes in stretches]
-    needed = {node for nodes in external for node in nodes} | set(graph.output_node().all_input_nodes)
-    buffers = {_storage(node) for node in graph.find_nodes(op="placeholder") if node.name not in weights}
+    stretches = [[nodes] for nodes in _stretches(program.graph)]
+    parts = _cut(program, stretches)
+    ((likeness, count),) = Counter(part.likeness for part in parts).most_common(1)
+    if count < _LEAST_EQUAL:
+        raise UncuttableError("no layers are equal")
+    size = max(size for size in range(1, together + 1) if count % size == 0 and count // size >= _LEAST_EQUAL)
+    equal = [place for place, part in enumerate(parts) if part.likeness == likeness]
+    end = equal[0] + count
+    if size == 1 or equal[-1] >= end:
+        return parts
+    groups = [[*chain(*stretches[start : start + size])] for start in equal[::size]]
+    return _cut(program, [*stretches[: equal[0]], *groups, *stretches[end:]])
+
+
+def _cut(program: ExportedProgram, groups: Sequence[Sequence[Sequence[Node]]]) -> list[ProgramPart]:
+    """Make a part of each group of stretches of nodes. A part returns what any other stretch uses, even of its group:
+    else groups that are alike would differ, because the program returns the states after some layers.
+    """
+    weights = set(weight_names(program))
+    singles = [_external([*_missing_sizes(nodes), *nodes]) for group in groups for nodes in group]
+    needed = {node for nodes in singles for node in nodes} | set(program.graph.output_node().all_input_nodes)
+    buffers = {_storage(node) for node in program.graph.find_nodes(op="placeholder") if node.name not in weights}
     parts = []
-    for (own, nodes), given in zip(stretches, external, strict=True):
+    for group in groups:
+        own = [*chain(*group)]
+        nodes = [*_missing_sizes(own), *own]
         outputs = [node for node in own if node in needed]
         if any(not isinstance(node.meta["val"], Tensor) or _storage(node) in buffers for node in outputs):
             raise UncuttableError("a layer hands on sizes, or the memory of an input")
+        given = _external(nodes)
         inputs = [node for node in given if node.name not in weights]
         of_weights = [node for node in given if node.name in weights]
-        likeness = _likeness(nodes, inputs, of_weights, outputs)
-        parts.append(ProgramPart(nodes, inputs, of_weights, outputs, likeness))
-    if max(Counter(part.likeness for part in parts).values()) < _LEAST_EQUAL:
-        raise UncuttableError("no layers are equal")
+        parts.append(ProgramPart(nodes, inputs, of_weights, outputs, _likeness(nodes, inputs, of_weights, outputs)))
     return parts
 
 
