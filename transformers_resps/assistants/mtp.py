@@ -265,8 +265,10 @@ class MtpHead(TrainableSource, nn.Module):
         self.load_state_dict(saved.state_dict())
 
     def readings(self, target: PreTrainedModel, whole: "MtpHead", *, has_images: bool) -> Iterator[MtpReading]:
-        """Yield ways to interpret the checkpoint, the configured one first. They combine the feature layer, and the
-        layers beside it, with all values of `fed`, `fed_back`, `hidden_first`, `zero_centred`, `own_output_head`.
+        """Yield all ways to read the checkpoint's layers, the configured one first.
+
+        They differ in the feature layer (the configured one or a neighbour), `fed`, `fed_back`, `hidden_first`,
+        `zero_centred` and `own_output_head`.
         """
         settings, last = self.settings, target.config.get_text_config().num_hidden_layers
         layer = last if settings.feature_layer is None else settings.feature_layer

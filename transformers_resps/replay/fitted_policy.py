@@ -55,7 +55,7 @@ def fit_platt_scaling(scores: Tensor, accepted: Tensor) -> PlattScaling:
 
 
 def _outcomes(text: RecordedText, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return levels, scores and whether the text has the node's path, `[n]` each, of n nodes within the text."""
+    """Return level, score and whether the text accepts it, `[n]` each, of the n pooled nodes that end in the text."""
     if top_k not in text.pools:
         raise ValueError(
             f"The text was recorded with pools of top_k {sorted(text.pools)}, but {top_k} is to be fitted. Record it "

@@ -56,6 +56,7 @@ class RankedText:
 
     @classmethod
     def from_recording(cls, text: RecordedText) -> "RankedText":
+        """Rank the upcoming tokens and the looked-up nodes of each position among the nodes of the recorded pools."""
         upcoming = text.upcoming(text.depth)
         nodes, lookups, proposed = _lookups(text.input_ids.tolist(), text.prompt_length)
         path = upcoming, torch.arange(-1, text.depth - 1).expand(upcoming.shape)

@@ -119,13 +119,16 @@ class StepRecord:
 
     @property
     def computed(self) -> int:
-        """Number of nodes that sets the cost: the largest row's; without padding, one root and all other nodes."""
+        """Number of nodes that the forward costs, at least `pricing.least_nodes`.
+
+        It is the number of the largest row. Without padding it is one root and the other nodes of all rows.
+        """
         nodes = 1 + sum(self.sizes) - len(self.sizes) if self.sizes else self.verified
         return max(nodes, self.pricing.least_nodes)
 
     @property
     def rows_of_a_node(self) -> int:
-        """Number of rows that gain a node if `computed` rises by one: all decoded rows, but one without padding."""
+        """Number of rows that get one node more if `computed` rises by one: all decoded rows, or 1 without padding."""
         return 1 if self.sizes else self.decoded_rows
 
     @property

@@ -41,19 +41,21 @@ def levels_below(place: int, depth: int) -> int:
 
 
 class BlockLayout(NamedTuple):
-    """Lists which blocks of keys the nodes of a tree, or the tokens of a prompt, attend to, in g groups of queries.
+    """The blocks of keys that the nodes of a tree, or the tokens of a prompt, attend to.
 
-    A place is a token's index in the text, and also a text token's slot. Node i has the i-th slot after the root.
+    A token's place is its index in its text. Text tokens lie in the slots of their places, the nodes in the slots
+    after the root, in their order. All nodes attend to the text's full blocks. The block that holds the root, and each
+    later one, differ by path: g groups of at most `_ROWS` nodes attend to them, each group to one block of one path.
     """
 
-    shared: Tensor  # [blocks, BLOCK], places of the blocks that all nodes share
-    ends: Tensor  # [b, n], the first place in these blocks that is hidden from a node
-    order: Tensor  # [any], the real nodes, which come first; padding nodes get a copy of the last one's result
-    groups: Tensor  # [b, g, _ROWS], nodes of one path that query one of its blocks together
-    places: Tensor  # [b, g, _ROWS], places of these nodes in the text; -1 where a group has fewer
-    slots: Tensor  # [b, g, BLOCK], slots of the entries in that block, in the order of the text
-    starts: Tensor  # [b, g], place of the block's first entry
-    asked: Tensor  # [levels, b, n], a node's index in its row's groups, for each block from the border on; -1: none
+    shared: Tensor  # [blocks, BLOCK], places of the keys in the blocks that all nodes share
+    ends: Tensor  # [b, n], the first place in the shared blocks that a node must not see
+    order: Tensor  # [any], indices of the real nodes, the first ones; padding nodes get a copy of the last result
+    groups: Tensor  # [b, g, _ROWS], indices of each group's nodes
+    places: Tensor  # [b, g, _ROWS], places of each group's nodes; -1 where a group has fewer than `_ROWS`
+    slots: Tensor  # [b, g, BLOCK], slots of the keys in each group's block, in the order of the text
+    starts: Tensor  # [b, g], place of the first key in each group's block
+    asked: Tensor  # [levels, b, n], index of a node among its row's grouped nodes, for each own block; -1: none
 
     @classmethod
     def of_chain(cls, roots: Tensor, depths: Tensor, least: int = 0) -> "BlockLayout":
@@ -85,8 +87,8 @@ class BlockLayout(NamedTuple):
     def of_sizes(cls, roots: Tensor, depths: Tensor, ancestors: Tensor, asking: int, blocks: int, levels: int) -> Self:
         """Make the layout for the last nodes of a tree, on any device and without a transfer to the host.
 
-        The forward computes only the last `asking` nodes; the cache already holds the earlier ones. The layout has
-        `blocks` shared blocks, and a group per computed node at each of `levels` levels (at least `levels_below`).
+        The forward computes the last `asking` nodes; the cache holds the earlier ones. The layout has `blocks` shared
+        blocks and, for each path, `levels` own blocks (at least `levels_below`) with a group for each computed node.
         """
         rows, count = depths.shape
         order, border = torch.arange(count, device=depths.device), roots // BLOCK * BLOCK
@@ -179,21 +181,21 @@ class _QueryRows(NamedTuple):
 
 
 class _OwnReads(NamedTuple):
-    """The query rows of all groups, and indices of the cache entries in the block that each group queries."""
+    """The query rows of all groups, and where the keys and values of each group's block lie in the buffers."""
 
     rows: _QueryRows
-    entries: Tensor  # [g * b * kv heads * BLOCK], indices of the blocks' entries among [b * kv heads * slots]
-    places: Tensor  # [levels * rows * b * kv heads], indices into [g, rows, b * kv heads], in the shared rows' order
+    entries: Tensor  # [g * b * kv heads * BLOCK], indices of the blocks' keys among [b * kv heads * slots]
+    places: Tensor  # [levels * rows * b * kv heads], indices of the groups' results, in the shared rows' order
     is_missing: Tensor | None  # [levels, rows, b * kv heads], true if a row has no block; `None` if all have one
 
     def gathered(self, states: Tensor) -> Tensor:
-        """Gather the blocks' entries `[g, b * kv heads, BLOCK, hd]` from `[b, kv heads, slots, hd]`."""
+        """Gather the groups' keys or values `[g, b * kv heads, BLOCK, hd]` from `[b, kv heads, slots, hd]`."""
         entries = states.flatten(0, 2).index_select(0, self.entries)
         return entries.view(-1, states.shape[0] * states.shape[1], BLOCK, states.shape[3])
 
 
 class _LayerReads(NamedTuple):
-    """The query rows of a layer type over shared blocks and, if there are groups, over the groups' blocks."""
+    """The query rows of a layer type: for the shared blocks and, if there are groups, for their blocks."""
 
     shared: _QueryRows
     order: Tensor  # [b * n * heads], indices that sort the results [rows * b * kv heads] by nodes

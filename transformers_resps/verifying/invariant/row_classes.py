@@ -44,11 +44,11 @@ def least_rows(
     counts: Sequence[int] = _COUNTS,
     starts: Callable[[int], Sequence[int]] = lambda count: (0,),
 ) -> int | None:
-    """Return the least r of 1, 2, 4, 8 and 16 so that any multiple of r rows rounds each row alike; else `None`.
+    """Return the least r of 1, 2, 4, 8, 16 such that a row has the same bits in any multiple of r rows; else `None`.
 
-    `answer` computes a range of rows of one sample together, `[len(rows), ...]`: rows of a matrix, or nodes of a
-    chain, which depend on the nodes before them. The sample has as many rows as the largest of the tried `counts`, a
-    multiple of 16. `starts(count)` are the first rows of the ranges to try; a chain begins at 0.
+    `answer(range)` computes these rows of one sample together, `[len(range), ...]`: rows of a matrix, or nodes of a
+    chain, where a node depends on those before it. `counts` are the numbers of rows to try; the largest, a multiple of
+    16, is the sample's. `starts(count)` are the first rows of the ranges of `count` rows; a chain begins at 0.
     """
     least = None
     known = answer(range(max(counts)))

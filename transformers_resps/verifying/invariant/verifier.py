@@ -31,10 +31,11 @@ _PLACE = 100  # Number of tokens of the text before these chains.
 
 
 class ModelCode:
-    """Checks that a model's compiled code always rounds a text alike, and has the lock of the model's forwards.
+    """Checks that a model's compiled code always rounds a text alike.
 
-    `lock` guards the name of the target's attention. The checks run over `sample`, tokens of a prompt, since compiled
-    and eager code differ more over random tokens. `compared` holds the rows and kernel settings of checked code.
+    The checks run over `sample`, tokens of a prompt: over random tokens, compiled and eager code differ more.
+    `compared` holds number of rows and kernel settings of all code that passed. `lock` is held by a forward that
+    changes the name of the target's attention.
     """
 
     def __init__(self) -> None:
@@ -44,12 +45,11 @@ class ModelCode:
         self._bits: dict[Hashable, bytes] = {}  # kernel settings -> how code rounds the sample
 
     def check(self, engine: SlotEngine, rows: int, answers: Callable[[], tuple[Tensor, list[Tensor]]]) -> None:
-        """Check once for each compiled forward and its weights that a text always gets the same bits.
+        """Check a compiled forward of `rows` rows, once for its weights: a text must always get the same bits.
 
-        `rows` is the forward's number of rows. `answers` computes logits `[t, v]` of a chain of tokens after a sample
-        text, and a list of logits of the chain's first tokens in other forwards. Raises a `ValueError` if a
-        listed tensor differs in any bit from the chain's logits, or if the chain's logits differ from those of an
-        earlier check with other `rows`.
+        `answers` computes logits `[t, v]` of a chain of tokens after a sample text and, by other forwards, a list of
+        logits of the chain's first tokens. Raises a `ValueError` if any bit of the list differs from the chain's
+        logits, or if the chain's logits differ from those of an earlier check with other `rows`.
         """
         if self._weights is not engine.packages:
             self._weights, self._bits = engine.packages, {}
@@ -312,11 +312,11 @@ class TextReader:
 
 
 class _PromptTexts:
-    """The uncached tokens of each row's prompt, without padding.
+    """The tokens of each row's prompt that the cache does not hold yet, without padding.
 
-    `tokens` `[b, any]` are the ends of the prompts; `position_ids`, `[b or 1, s]` or `[planes, b or 1, s]`, belong to
-    the whole prompts. `orders` lists for each row which of the s positions hold no padding; the first `known`
-    positions are cached. If only one row's buffers are written, `row` is its index.
+    `tokens` `[b, any]` are the last tokens of the padded prompts, at least all uncached ones. `position_ids`,
+    `[b or 1, s]` or `[planes, b or 1, s]`, cover the prompts' s positions; the first `known` are cached. `orders` lists
+    for each row the positions without padding. `row` selects the only row to write, if it is not `None`.
     """
 
     def __init__(
