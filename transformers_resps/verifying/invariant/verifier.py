@@ -315,8 +315,8 @@ class _PromptTexts:
     """The tokens of each row's prompt that the cache does not hold yet, without padding.
 
     `tokens` `[b, any]` are the last tokens of the padded prompts, at least all uncached ones. `position_ids`,
-    `[b or 1, s]` or `[planes, b or 1, s]`, cover the prompts' s positions; the first `known` are cached. `orders` lists
-    for each row the positions without padding. `row` selects the only row to write, if it is not `None`.
+    `[b or 1, s]` or `[planes, b or 1, s]`, cover the prompts' s positions; the first `known` are cached. `orders`
+    lists for each row the positions without padding. `row` selects the only row to write, if it is not `None`.
     """
 
     def __init__(
