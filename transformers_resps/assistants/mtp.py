@@ -585,7 +585,7 @@ class _Newest(Entries):
 
 
 def _added(mask: Tensor | None, like: Tensor) -> Tensor | None:
-    """Convert a bool mask (`None`: causal) to an additive one for eager attention of t queries, `like` `[b, t, h]`."""
+    """Convert a bool mask to an additive one with the dtype of `like` `[b, t, h]`; `None`: causal, if t > 1."""
     count = like.shape[1]
     if mask is None and count == 1:
         return None

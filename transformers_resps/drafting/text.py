@@ -112,7 +112,7 @@ class Prefix:
         return self._rows.ends(self.cache.device)
 
     def seen_at(self, depth: int) -> Tensor | None:
-        """Return `seen` for one depth of the model: depth k has no keys for a text's first k tokens."""
+        """Return `seen` for the layer of one MTP depth: at depth k, the first k tokens of a text have no keys."""
         if depth == 0:
             return self.seen
         seen = self.cache.all_seen(self.length) if self.seen is None else self.seen

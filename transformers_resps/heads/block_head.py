@@ -302,9 +302,10 @@ class BlockHead(HeadModel):
         return cls.from_pretrained(None, target, config=model.config, state_dict=model.state_dict())
 
     def readings(self, target: PreTrainedModel, whole: "BlockHead", *, has_images: bool) -> Iterator[BlockReading]:
-        """Yield ways to interpret the head's file, the configured one first. The next ones combine feature layers,
-        unchanged or shifted by one, with both values of `shifted` and of `causal`. The last ones change only the RoPE
-        base or only the embedding scale.
+        """Yield all ways to read the head's file, the configured one first.
+
+        The next ones combine the configured feature layers, or their neighbours, with both values of `shifted` and of
+        `causal`. The last ones change only the RoPE base, or only the embedding scale.
         """
         config, (within, (base, *others)) = self.config, self.near(target)
         assert config.causal is not None

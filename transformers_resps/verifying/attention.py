@@ -107,7 +107,10 @@ def attend(
 
 
 def stacked(mask: Tensor, sharing: int, alignment: int) -> Tensor:
-    """Stack a mask `[b, 1 or sharing, q, t]` for `sharing` heads: `[b, 1, sharing * q, t]`, rows aligned in memory."""
+    """Stack the masks `[b, 1 or sharing, q, t]` of query heads that share a key head: `[b, 1, sharing * q, t]`.
+
+    `sharing` is the number of these heads. Each row begins at a multiple of `alignment` elements.
+    """
     rows, copies, count, length = mask.shape
     if copies < sharing and length % alignment:
         padded = mask.new_empty(rows, sharing, count, -(-length // alignment) * alignment)

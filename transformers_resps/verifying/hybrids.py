@@ -213,7 +213,10 @@ class WholeTree:
         return_final_states: bool = False,
         **_: Any,
     ) -> Any:
-        """Compute the scan of Mamba-2: `[b, n, heads, v]`; with `return_final_states` also return the old state."""
+        """Compute Mamba-2's scan `[b, n, heads, v]` of n nodes, each from its parent's state.
+
+        With `return_final_states` also return the state before the tree: which nodes are accepted is not known yet.
+        """
         # Time steps are not clamped: Transformers clamps them for several tokens, but plain decoding runs single ones.
         time_steps = softplus(dt + dt_bias.to(dt.dtype)).float()[..., None]
         queries, keys = (_for_heads(part.float(), value.shape[-2]) for part in (query, key))
