@@ -84,7 +84,10 @@ def read_picks(batch: Batch, tree: DraftTree, logits: Tensor) -> "Picks | None":
 def accept_batch(
     batch: Batch, tree: DraftTree, logits: Tensor, picks: "Picks | None", reached: list[list[int]] | None = None
 ) -> Acceptance:
-    """Append the target's tokens to every decoded row, with `picks` from `read_picks`; `reached` is for `accept`."""
+    """Append the target's tokens to every row that the step decodes.
+
+    `picks` are those of `read_picks`, if it was called. `reached` is passed to `accept` for rows in lockstep.
+    """
     texts = batch.decoded_texts
     if picks is None and batch.is_plain_greedy(tree.node_count):
         picks = Picks(tree.children(), None, logits)

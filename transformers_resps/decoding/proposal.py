@@ -129,7 +129,7 @@ class Proposer:
         return Proposal(shape, tree if tree.tokens.device == root.device else tree.below(root), pool, looked_up)
 
     def _tree(self, root: Tensor, pool: CandidatePool | None, total_tokens: int, *, is_ragged: bool) -> DraftTree:
-        """Make a tree of at most `total_tokens` of the pool's best nodes; without a pool, of a root in CPU memory."""
+        """Make a tree of at most `total_tokens`, the root and the pool's best nodes; without a pool, on the CPU."""
         device = torch.device("cpu") if pool is None else pool.tokens.device
         # zeros replace a root on another device, until `below` sets it
         known = root if device == root.device else torch.zeros(root.shape, dtype=root.dtype, device=device)

@@ -165,8 +165,8 @@ class _Waiting:
 class DraftText:
     """Holds the `rows` texts of a call for one model: a cache of processed tokens, and a queue of unprocessed ones.
 
-    `prompt_mask` `[b, s]` is 0 where the prompt is padding, for the positions that the model reads: those with
-    features if it reads features, otherwise all; `None` without padding.
+    `prompt_mask` `[b, s]` is 0 for padding, `None` without any. It covers the s prompt positions that the model
+    processes: all, or those with features if the model needs features.
     """
 
     def __init__(self, model: StepModel, cache: DraftCache, rows: int, prompt_mask: Tensor | None) -> None:

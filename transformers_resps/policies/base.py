@@ -219,7 +219,11 @@ class Trials:
 
 
 def choose_shape(policy: Policy, observation: Observation, proposable_tokens: int) -> TreeShape:
-    """Return the shape that a policy chooses, cut to the room left; only lookup if the drafter proposes no tokens."""
+    """Return the shape that a policy chooses, reduced to the tokens that may still be generated.
+
+    `proposable_tokens` is the number of different tokens that the drafter can propose; with 0 the shape only looks up.
+    Raises a `ValueError` if the shape has more candidates or nodes than a step may have.
+    """
     shape = ask_shape(policy, observation).within(observation.room - 1)
     if proposable_tokens == 0:
         return TreeShape(1, 0, 1, shape.lookup)

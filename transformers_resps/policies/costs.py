@@ -435,7 +435,7 @@ class _DraftPrice:
         self.slope = min(max(slope, 0.0), self.seconds / self.levels)
 
     def _learn_width(self, width: int, ratio: float) -> int:
-        """Update a width's cost factor with a draft's `ratio` to the first width's cost; return its draft count."""
+        """Average `ratio`, a draft's cost over that of the first width, into its width's factor; return the count."""
         drafts, factor = self.widths.get(width, (0, self.of_width(width)))
         most = INTERRUPTED * factor if drafts else factor
         least = min(width / next(iter(self.widths)), 1.0) / INTERRUPTED

@@ -30,8 +30,9 @@ ReadPrompt = Callable[[Tensor, int | None], tuple[Tensor, list[Features]]]
 class SlotVerifier(Verifier):
     """Verifies trees with static cache buffers, in which token i of a text has position (slot) i.
 
-    If `read` is `None`, prompts are prefilled into the cache of `forward`, then copied to the buffers. With
-    `gives_back`, `close` copies all kept keys and values to that cache.
+    The function `read` runs the target over prompts and writes their keys and values to the buffers. Without it,
+    the prefill fills the cache of `forward`, which is then copied. With `gives_back`, `close` copies what the buffers
+    keep to that cache.
     """
 
     def __init__(
