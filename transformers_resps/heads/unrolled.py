@@ -69,7 +69,7 @@ class UnrolledEntries(Entries):
         return F.scaled_dot_product_attention(queries, keys, values, mask, is_causal=mask is None, enable_gqa=shares)
 
     def _next_level(self, queries: Tensor, kept: list[tuple[Tensor, Tensor]]) -> Tensor:
-        """Compute each query's attention to the text up to its position, and to that position's later keys."""
+        """Compute each query's attention to the text up to its position, and to its own keys of levels 1 to k."""
         (true_keys, *own_keys), (true_values, *own_values) = zip(*kept, strict=True)
         batch, heads, length, width = queries.shape
         groups = true_keys.shape[1]

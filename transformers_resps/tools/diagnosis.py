@@ -91,7 +91,7 @@ class Diagnosis:
 
     @cached_property
     def possible_gain(self) -> float:
-        """Most tokens per position that another reading may still gain over the best one (3 standard errors)."""
+        """Most tokens per position that another interpretation may gain over the best one (3 standard errors)."""
         gains = (self.gain(score, self.best) for score in self.scores if score is not self.best)
         return max((gain + _SURE * error for gain, error in gains), default=0.0)
 

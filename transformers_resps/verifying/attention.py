@@ -109,7 +109,7 @@ def attend(
 def stacked(mask: Tensor, sharing: int, alignment: int) -> Tensor:
     """Stack the masks `[b, 1 or sharing, q, t]` of query heads that share a key head: `[b, 1, sharing * q, t]`.
 
-    `sharing` is the number of these heads. Each row begins at a multiple of `alignment` elements.
+    `sharing` is the number of these heads. If the masks are copied, rows begin at multiples of `alignment` elements.
     """
     rows, copies, count, length = mask.shape
     if copies < sharing and length % alignment:
