@@ -38,12 +38,11 @@ class AutoDraftHead:
         hub = {key: keywords[key] for key in HUB & keywords.keys()}
         source = kind_in(id_or_folder, **hub).source.load()
         try:
-            head: DraftHead | BlockHead | MtpHead = source.from_pretrained(id_or_folder, target, **keywords)
+            return source.from_pretrained(id_or_folder, target, **keywords)
         except WholeModelError as error:
             if kind_of_model(error.model_type) is CAUSAL:
                 raise
             return _load_whole(id_or_folder, target, hub)
-        return head
 
 
 def load_drafter(
@@ -70,18 +69,15 @@ def load_head(name: str, target: PreTrainedModel, **keywords: Any) -> TrainableS
     hub = {key: keywords[key] for key in HUB & keywords.keys()}
     config = PreTrainedConfig.get_config_dict(name, **hub)[0]
     kind = MTP if names_mtp(config) else kind_in(name, **hub)
-    head: TrainableSource = kind.source.load().from_pretrained(name, target=target, **keywords)
-    return head
+    return kind.source.load().from_pretrained(name, target=target, **keywords)
 
 
 def source_of(model: PreTrainedModel | CandidateGenerator, target: PreTrainedModel) -> DraftSource:
     """Wrap a model or candidate generator in a `DraftSource`; raise a `ValueError` if it cannot draft for `target`."""
     if isinstance(model, CandidateGenerator):
         return ForeignSource(model)
-    source: DraftSource = kind_of_model(model.config.model_type).source.load().of_model(model, target)
-    return source
+    return kind_of_model(model.config.model_type).source.load().of_model(model, target)
 
 
 def _load_whole(name: str | os.PathLike[str], target: PreTrainedModel, hub: dict[str, Any]) -> PreTrainedModel:
-    model: PreTrainedModel = load_model(os.fspath(name), dtype=target.dtype, **hub).to(target.device)
-    return model
+    return load_model(os.fspath(name), dtype=target.dtype, **hub).to(target.device)

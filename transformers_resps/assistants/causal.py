@@ -131,8 +131,7 @@ class _Steps(StepModel):
                 use_cache=True,
                 **{CACHE_KEYWORD: entries},
             )
-        states: Tensor = outputs.last_hidden_state
-        return at_wanted(states, wanted)
+        return at_wanted(outputs.last_hidden_state, wanted)
 
     def logits(self, output: Tensor, depth: int = 0) -> Tensor:
         """Compute logits of the tokens that the target also has, scaled and capped as the model's config says."""

@@ -24,8 +24,7 @@ Found = TypeVar("Found")
 
 def tensor_of(file: Any, name: str) -> Tensor:
     """Load tensor `name` to the CPU, in the stored dtype; `file` is an open safetensors file or a dict of a `.bin`."""
-    tensor: Tensor = file[name] if isinstance(file, dict) else file.get_tensor(name)
-    return tensor
+    return file[name] if isinstance(file, dict) else file.get_tensor(name)
 
 
 class CheckpointFiles:

@@ -134,8 +134,7 @@ def new_head(
         always = end_tokens(target) | set([] if tokenizer is None else tokenizer.all_special_ids)
         ids = choose_draft_vocabulary(examples, everything, args.draft_vocab_size, always).token_ids
     kind = next(kind for kind in KINDS if kind.new == args.new_head)
-    head: TrainableSource = kind.source.load().untrained(target, ids, args.ttt_steps, **init_kwargs).to(torch.float32)
-    return head
+    return kind.source.load().untrained(target, ids, args.ttt_steps, **init_kwargs).to(torch.float32)
 
 
 def _tokenizer_at(name: str | None, **where: Any) -> PreTrainedTokenizerBase | None:

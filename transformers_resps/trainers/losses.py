@@ -129,8 +129,7 @@ def _compared(logits: Tensor, probabilities: Tensor, best: Tensor) -> tuple[Tens
 
 def _cached_parts(rows: Tensor) -> tuple[Tensor, ...]:
     """Split `rows` `[c, d]` into views that fit into a CPU's cache; on other devices return them as one view."""
-    parts: tuple[Tensor, ...] = rows.split(_CACHED_ROWS if rows.device.type == "cpu" else max(len(rows), 1))
-    return parts
+    return rows.split(_CACHED_ROWS if rows.device.type == "cpu" else max(len(rows), 1))
 
 
 def pack(rows: Tensor, slots: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
