@@ -122,11 +122,9 @@ class ArtefactTrainer(Trainer):
         logger.warning("The run has taken its %d steps before: nothing is trained.", state.global_step)
         return TrainOutput(state.global_step, 0.0, {})
 
-    def create_scheduler(
-        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
-    ) -> torch.optim.lr_scheduler.LRScheduler:
+    def create_scheduler(self, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
         fit_schedule(self.args, num_training_steps)
-        return super().create_scheduler(num_training_steps, optimizer)
+        return super().create_scheduler(num_training_steps, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the head or policy for decoding to `output_dir`, by default `artefact_folder` of a finished run."""
@@ -353,11 +351,9 @@ def interruptible(trainer: Trainer, steps: int = 1) -> Iterator[None]:
     if callback.received is None:
         return
     logger.warning(
-        "%s stopped the run at step %d of %d, and a checkpoint was saved. Start the run again with the same "
-        "settings and `resume_from_checkpoint=True` to go on.",
-        signal.Signals(callback.received).name,
-        trainer.state.global_step,
-        trainer.state.max_steps,
+        f"{signal.Signals(callback.received).name} stopped the run at step {trainer.state.global_step} of "
+        f"{trainer.state.max_steps}, and a checkpoint was saved. Start the run again with the same settings and "
+        "`resume_from_checkpoint=True` to go on."
     )
     if callback.received == signal.SIGINT:
         raise KeyboardInterrupt
@@ -375,13 +371,8 @@ def fit_schedule(args: TrainingArguments, steps: int) -> None:
     if decay:
         args.lr_scheduler_kwargs = asked | {"num_decay_steps": steps - fitted}
     logger.warning(
-        "The run has %d steps, fewer than the schedule's %d of warmup and %d of decay: it warms up for %d and decays "
-        "for %d.",
-        steps,
-        warmup,
-        decay,
-        fitted,
-        steps - fitted if decay else 0,
+        f"The run has {steps} steps, fewer than the schedule's {warmup} of warmup and {decay} of decay: it warms up "
+        f"for {fitted} and decays for {steps - fitted if decay else 0}."
     )
 
 

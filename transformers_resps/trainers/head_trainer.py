@@ -152,11 +152,7 @@ class DraftHeadTrainer(ArtefactTrainer):
         return super().train(*args, **kwargs)
 
     def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Return the losses of all levels and tokens, summed and divided by the optimiser step's predicted tokens."""
         if model.training:
@@ -175,29 +171,21 @@ class DraftHeadTrainer(ArtefactTrainer):
         loss = loss / count * (self.accelerator.num_processes if counted_together else 1)
         return (loss, {}) if return_outputs else loss
 
-    def evaluation_loop(
-        self,
-        dataloader: DataLoader[Any],
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
+    def evaluation_loop(self, dataloader: DataLoader[Any], *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Evaluate as in Transformers; also compute how often each level agrees with the target, and simulate tau."""
         began = time.monotonic()
         self._meters["eval"].reset()
-        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        output = super().evaluation_loop(dataloader, *args, **kwargs)
         metrics, _ = self._meters["eval"].summary(self._over_processes)
         if self.args.tau_texts:  # every process needs tau, to know the best checkpoint
             started = time.monotonic()
             metrics |= {"tau": self._tau(dataloader.dataset), "tau_seconds": round(time.monotonic() - started, 1)}
-        cast(dict[str, float], output.metrics).update({f"{metric_key_prefix}_{key}": v for key, v in metrics.items()})
+        prefix = kwargs.get("metric_key_prefix", "eval")  # Transformers passes it by name
+        cast(dict[str, float], output.metrics).update({f"{prefix}_{key}": v for key, v in metrics.items()})
         self._speed.pause(time.monotonic() - began)
         return output
 
-    def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
         """Evaluate as in Transformers; after training also write `metrics.json` into the head's folder."""
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         rows: Any = self.eval_dataset if eval_dataset is None else eval_dataset
@@ -245,9 +233,7 @@ class DraftHeadTrainer(ArtefactTrainer):
             tensors["features"] = self.target.run(tensors["input_ids"][None], image_inputs=shown).features[0]
         return tensors
 
-    def prediction_step(
-        self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any) -> Any:
         """Return only the loss, because the logits of a whole batch would not fit into memory."""
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, self._prepare_inputs(inputs))
@@ -386,12 +372,9 @@ def warn_if_small(tokens: int) -> bool:
     if tokens >= MIN_USEFUL_TOKENS:
         return False
     logger.warning(
-        "This run sees %s positions, but a useful head needs about %s (tau of an 8-node tree on a 135M chat model was "
-        "%s; plain decoding is 1). Use more conversations, best of all answers that the target itself generates, "
-        "rather than more epochs, which overfit.",
-        f"{tokens:,}",
-        f"{MIN_USEFUL_TOKENS:,}",
-        _MEASURED,
+        f"This run sees {tokens:,} positions, but a useful head needs about {MIN_USEFUL_TOKENS:,} (tau of an 8-node "
+        f"tree on a 135M chat model was {_MEASURED}; plain decoding is 1). Use more conversations, best of all "
+        "answers that the target itself generates, rather than more epochs, which overfit."
     )
     return True
 

@@ -150,9 +150,8 @@ class PublishedConfig:
         ignores_base = is_angelslim != has_planes and self.publisher in (Publisher.ANGELSLIM, Publisher.SPECFORGE)
         if has_planes:
             logger.warning(
-                "%s was trained with M-RoPE; here its positions count tokens. That is the same for text, but fewer "
-                "drafts may be accepted after an image.",
-                self.source,
+                f"{self.source} was trained with M-RoPE; here its positions count tokens. That is the same for text, "
+                "but fewer drafts may be accepted after an image."
             )
         rope = {key: value for key, value in rope.items() if not key.startswith("mrope")}
         kind = "default" if kind == "mrope" else kind
@@ -166,10 +165,8 @@ class PublishedConfig:
         if ignores_base and not {"rope_theta", "rope_parameters"} & set(self.corrections):
             if theta != ROPE_BASE:
                 logger.warning(
-                    "%s: such heads are trained with RoPE base 10000; the config's %s is ignored. %s",
-                    self.source,
-                    theta,
-                    _TRY_DOCTOR,
+                    f"{self.source}: such heads are trained with RoPE base 10000; the config's {theta} is ignored. "
+                    f"{_TRY_DOCTOR}"
                 )
             theta = ROPE_BASE
         return {**rope, "rope_type": kind, "rope_theta": float(theta)}
