@@ -161,19 +161,6 @@ class CandidateSelector(nn.Module):
         return self.successor_codebook.weight
 
 
-class ConfidenceHead(nn.Module):
-    """Predicts how probably a drafted token is accepted, which is the overlap of draft and target distributions."""
-
-    def __init__(self, config: BlockHeadConfig) -> None:
-        super().__init__()
-        rank = cast(int, config.correction_rank) if config.confidence_with_markov else 0
-        self.proj = nn.Linear(config.hidden_size + rank, 1)
-
-    def forward(self, states: Tensor) -> Tensor:
-        """Map outputs `[..., h]`, or `[..., h + r]` with previous tokens' embeddings, to fp32 logits `[...]`."""
-        return self.proj(states).squeeze(-1).float()
-
-
 @dataclass(frozen=True, slots=True)
 class BlockReading(FileReading):
     """One way to interpret a block head's file. The fields mean the same as in `BlockHeadConfig`."""
@@ -226,7 +213,8 @@ class BlockHead(HeadModel):
         elif config.correction != "none":
             self.markov_head = MarkovHead(config)
         if config.confidence:
-            self.confidence_head = ConfidenceHead(config)
+            rank = cast(int, config.correction_rank) if config.confidence_with_markov else 0
+            self.confidence_head = nn.ModuleDict({"proj": nn.Linear(config.hidden_size + rank, 1)})
         self.post_init()  # type: ignore[no-untyped-call]  # Transformers leaves it untyped
 
     @property
@@ -262,11 +250,14 @@ class BlockHead(HeadModel):
         return self._named("block_size", "correction") | {"fingerprint": self.fingerprint()}
 
     def confidence(self, hidden: Tensor, before: Tensor | None) -> Tensor:
-        """Compute fp32 confidence logits `[...]` from outputs `[..., h]` and, if read, previous tokens' embeddings."""
+        """Predict how probably a drafted token is accepted, which is the overlap of draft and target distributions.
+
+        Returns fp32 logits `[...]` from outputs `[..., h]` and, if read, previous tokens' embeddings `[..., r]`.
+        """
         if self.config.confidence_with_markov:
             assert before is not None
             hidden = torch.cat([hidden.expand(*before.shape[:-1], -1), before], dim=-1)
-        return self.confidence_head(hidden)
+        return self.confidence_head["proj"](hidden).squeeze(-1).float()
 
     def bind(self, target: PreTrainedModel, forward: Callable[..., Tensor] | None = None) -> "BoundBlockHead":
         return BoundBlockHead(self, target, forward)
