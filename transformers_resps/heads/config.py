@@ -1,6 +1,7 @@
 """Configurations of draft heads and block heads. Heads in every published layout are converted to these."""
 
 import os
+from collections.abc import Iterator
 from copy import copy
 from typing import Any
 
@@ -92,39 +93,36 @@ class HeadConfig(PreTrainedConfig):
         missing = sorted(key for key in _ROPE_NEEDS[kind] if rope.get(key) is None)
         if missing:
             raise ValueError(f"RoPE of the kind {kind!r} needs {missing}. Add them to the head's `rope_parameters`.")
-        for is_wrong, told in self._misfits():
-            if is_wrong:
-                raise ValueError(f"A {self.kind_of_head} got {told}.")
+        for told in self._misfits():
+            raise ValueError(f"A {self.kind_of_head} got {told}.")
         super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]  # Transformers leaves it untyped
 
-    def _misfits(self) -> list[tuple[bool, str]]:
-        """Return for each check of fields whether it fails, and the error message: what is wrong, and what to do."""
+    def _misfits(self) -> Iterator[str]:
+        """Yield an error message for each field that is wrong: what it is, and what to do."""
         queries, keys, head_dim = self.num_attention_heads, self.num_key_value_heads, self.head_dim or 1
         rope = self.rope_parameters or {}
         theta, share = rope.get("rope_theta", ROPE_BASE), rope.get("partial_rotary_factor", 1.0)
-        return [
-            (not theta > 0, f"`rope_theta={theta!r}`, but it must be a positive number. Correct it"),
-            (
-                share != 1.0,
+        if not theta > 0:
+            yield f"`rope_theta={theta!r}`, but it must be a positive number. Correct it"
+        if share != 1.0:
+            yield (
                 f"RoPE that rotates {share} of each attention head (`partial_rotary_factor`), but only full rotation "
-                "is supported. Use another head",
-            ),
-            (
-                self.hidden_act not in ACT2FN,
-                f"the activation {self.hidden_act!r}, but Transformers does not know it. Pass the right `hidden_act`",
-            ),
-            (
-                self.draft_vocab_size is not None and not self.owns_output_head,
+                "is supported. Use another head"
+            )
+        if (act := self.hidden_act) not in ACT2FN:
+            yield f"the activation {act!r}, but Transformers does not know it. Pass the right `hidden_act`"
+        if self.draft_vocab_size is not None and not self.owns_output_head:
+            yield (
                 f"draft_vocab_size={self.draft_vocab_size} and owns_output_head=False, but a draft vocabulary needs "
-                "an output head of its own. Leave out one of them",
-            ),
-            (
-                queries % keys != 0,
+                "an output head of its own. Leave out one of them"
+            )
+        if queries % keys:
+            yield (
                 f"`num_attention_heads={queries}` and `num_key_value_heads={keys}`, but queries share keys evenly. "
-                "Make the first a multiple of the second",
-            ),
-            (head_dim % 2 != 0, f"`head_dim={head_dim}`, but RoPE rotates pairs. Pass an even `head_dim`"),
-        ]
+                "Make the first a multiple of the second"
+            )
+        if head_dim % 2:
+            yield f"`head_dim={head_dim}`, but RoPE rotates pairs. Pass an even `head_dim`"
 
     @classmethod
     def field_types(cls) -> dict[str, Any]:
@@ -234,33 +232,31 @@ class DraftHeadConfig(HeadConfig):
         """Width F of the concatenated features: `target_hidden_size` times the number of feature layers."""
         return len(self.feature_layers or ()) * self.target_width
 
-    def _misfits(self) -> list[tuple[bool, str]]:
+    def _misfits(self) -> Iterator[str]:
         assert self.feature_layers is not None and self.default_tree is not None
         layers, token, levels = self.feature_layers, self.mask_token_id, self.parallel_levels
         are_numbers = all(isinstance(layer, int) and layer >= 0 for layer in layers)
-        return [
-            *super()._misfits(),
-            (
-                not layers or not are_numbers or len(set(layers)) < len(layers),
+        yield from super()._misfits()
+        if not layers or not are_numbers or len(set(layers)) < len(layers):
+            yield (
                 f"the feature layers {layers!r}, but they must be a list of distinct integers, at least 0. Pass "
-                "`feature_layers=[...]`, counted as in `output_hidden_states`",
-            ),
-            (
-                self.norm_before_fc and self.fc_norm,
+                "`feature_layers=[...]`, counted as in `output_hidden_states`"
+            )
+        if self.norm_before_fc and self.fc_norm:
+            yield (
                 "both `norm_before_fc` and `fc_norm`, but features are normed once. Keep the one that it was trained "
-                "with",
-            ),
-            (
-                (token is None) != (levels is None) or not 0 <= (token or 0) < self.vocab_size,
+                "with"
+            )
+        if (token is None) != (levels is None) or not 0 <= (token or 0) < self.vocab_size:
+            yield (
                 f"mask_token_id={token} and parallel_levels={levels}, but a P-EAGLE head needs both, and a token from "
-                f"0 to {self.vocab_size - 1}. Correct them",
-            ),
-            (
-                not 3 <= len(self.default_tree) <= 4,
+                f"0 to {self.vocab_size - 1}. Correct them"
+            )
+        if not 3 <= len(self.default_tree) <= 4:
+            yield (
                 f"`default_tree={self.default_tree!r}`, but it must be a list of total_tokens, depth, top_k and "
-                "optionally lookup. Write it like [60, 8, 10]",
-            ),
-        ]
+                "optionally lookup. Write it like [60, 8, 10]"
+            )
 
 
 CORRECTIONS = ("none", "vanilla", "gated", "rnn", "selector")
@@ -322,52 +318,45 @@ class BlockHeadConfig(HeadConfig):
         self.feature_layers = [2, 9, 15, 21, 28] if self.feature_layers is None else self.feature_layers
         super().__post_init__(**kwargs)
 
-    def _misfits(self) -> list[tuple[bool, str]]:
+    def _misfits(self) -> Iterator[str]:
         assert self.causal is not None and self.windows is not None and self.feature_layers is not None
         count, slots, layers, rank = self.num_hidden_layers, self.block_size, self.feature_layers, self.correction_rank
         kind, taps, group = self.correction, self.conv_kernel_size or 0, self.conv_group_size
-        shortest = min(filter(None, self.windows), default=slots)
-        return [
-            *super()._misfits(),
-            (kind not in CORRECTIONS, f"the correction {kind!r}, but known are {list(CORRECTIONS)}. Use one of them"),
-            (
-                not len(self.causal) == len(self.windows) == count,
+        shortest, least = min(filter(None, self.windows), default=slots), max(2 - self.shifted, taps)
+        yield from super()._misfits()
+        if kind not in CORRECTIONS:
+            yield f"the correction {kind!r}, but known are {list(CORRECTIONS)}. Use one of them"
+        if not len(self.causal) == len(self.windows) == count:
+            yield (
                 f"causal={self.causal} and windows={self.windows}, but each needs one value for each of its {count} "
-                "layers. Correct them",
-            ),
-            (
-                shortest < slots,
+                "layers. Correct them"
+            )
+        if shortest < slots:
+            yield (
                 f"a window of {shortest} positions, but its blocks have {slots} slots, which see each other. Correct "
-                "`windows` or `block_size`",
-            ),
-            (
-                self.levels < 1 or taps > slots,
-                f"block_size={slots}, but it needs {max(2 - self.shifted, taps)} slots at least. Correct `block_size`",
-            ),
-            (
-                not 0 <= self.mask_token_id < self.vocab_size,
+                "`windows` or `block_size`"
+            )
+        if self.levels < 1 or taps > slots:
+            yield f"block_size={slots}, but it needs {least} slots at least. Correct `block_size`"
+        if not 0 <= self.mask_token_id < self.vocab_size:
+            yield (
                 f"the mask token {self.mask_token_id}, but the table has rows 0 to {self.vocab_size - 1}. Correct "
-                "`mask_token_id`",
-            ),
-            (
-                not layers or layers != sorted({layer for layer in layers if layer >= 0}),
+                "`mask_token_id`"
+            )
+        if not layers or layers != sorted({layer for layer in layers if layer >= 0}):
+            yield (
                 f"the feature layers {layers}, but they must be distinct and ascending, counted as in "
-                "`output_hidden_states`. Correct `feature_layers`",
-            ),
-            (
-                (kind != "none") != bool(rank) or (kind == "selector") != bool(self.selector_top_k),
+                "`output_hidden_states`. Correct `feature_layers`"
+            )
+        if (kind != "none") != bool(rank) or (kind == "selector") != bool(self.selector_top_k):
+            yield (
                 f"correction={kind!r}, correction_rank={rank} and selector_top_k={self.selector_top_k}, but a "
-                "correction needs a rank, and a selector its number of candidates. Correct them",
-            ),
-            (
-                self.confidence_with_markov and not (self.confidence and kind in CORRECTIONS[1:4]),
-                "confidence_with_markov=True, but that needs a confidence head and a Markov correction. Correct it",
-            ),
-            (
-                bool(taps) and (not group or self.hidden_size % group != 0),
-                f"conv_group_size={group}, but it must divide the width {self.hidden_size}. Correct it",
-            ),
-        ]
+                "correction needs a rank, and a selector its number of candidates. Correct them"
+            )
+        if self.confidence_with_markov and not (self.confidence and kind in CORRECTIONS[1:4]):
+            yield "confidence_with_markov=True, but that needs a confidence head and a Markov correction. Correct it"
+        if taps and (not group or self.hidden_size % group):
+            yield f"conv_group_size={group}, but it must divide the width {self.hidden_size}. Correct it"
 
     @property
     def levels(self) -> int:

@@ -185,7 +185,9 @@ class DraftHeadTrainer(ArtefactTrainer):
         self._speed.pause(time.monotonic() - began)
         return output
 
-    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
         """Evaluate as in Transformers; after training also write `metrics.json` into the head's folder."""
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         rows: Any = self.eval_dataset if eval_dataset is None else eval_dataset
