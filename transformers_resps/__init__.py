@@ -28,38 +28,11 @@ if TYPE_CHECKING:
     from .verifying.prepacking import prepack, unprepack
 
 
-__all__ = [
-    "AutoDraftHead",
-    "AutoPolicy",
-    "BaselineGuard",
-    "BlockHead",
-    "BlockHeadConfig",
-    "CostTable",
-    "DraftHead",
-    "DraftHeadConfig",
-    "DraftTree",
-    "FixedPolicy",
-    "Level",
-    "LosslessReport",
-    "MtpHead",
-    "NotLosslessError",
-    "Observation",
-    "Policy",
-    "ReSpSGenerationMixin",
-    "ReSpSPolicy",
-    "SpeculationReport",
-    "SpeculativeOutput",
-    "StepRecord",
-    "SuffixMemory",
-    "ThroughputPolicy",
-    "TreeShape",
-    "assert_lossless",
-    "attach",
-    "calibrate",
-    "detach",
-    "prepack",
-    "unprepack",
-]
+__all__ = ["AutoDraftHead", "AutoPolicy", "BaselineGuard", "BlockHead", "BlockHeadConfig", "CostTable", "DraftHead"]
+__all__ += ["DraftHeadConfig", "DraftTree", "FixedPolicy", "Level", "LosslessReport", "MtpHead", "NotLosslessError"]
+__all__ += ["Observation", "Policy", "ReSpSGenerationMixin", "ReSpSPolicy", "SpeculationReport", "SpeculativeOutput"]
+__all__ += ["StepRecord", "SuffixMemory", "ThroughputPolicy", "TreeShape", "assert_lossless", "attach", "calibrate"]
+__all__ += ["detach", "prepack", "unprepack"]
 _HOMES = {
     "assistants": ("AutoDraftHead", "MtpHead"),
     "calibration": ("calibrate",),
