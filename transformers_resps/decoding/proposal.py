@@ -164,7 +164,7 @@ class Proposer:
         if self._drafter is None:
             return None
         if shape.asks_head:
-            return self._drafter.get_candidates(self._text(self._drafter, root), self._request(shape))
+            return self._drafter.draft(self._text(self._drafter, root), self._request(shape))
         self._drafter.read(at_least=MAX_UNREAD)
         return None
 

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, cast, overload
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -45,7 +45,7 @@ class Drafter(CandidateGenerator, ABC):
     """
 
     feature_layers: Sequence[int] = ()  # see `DraftSource`
-    reads_text: bool = False  # whether `get_candidates` needs the whole text, not only its newest token
+    reads_text: bool = False  # whether `draft` needs the whole text, not only its newest token
     proposable_tokens: int  # number of different tokens that it can propose after a node
     most_levels: int | None = None  # maximum number of levels that it can draft; `None` for no limit
     drafts_at_once: bool = False  # whether one pass drafts all levels, so that more levels take almost no more time
@@ -61,30 +61,22 @@ class Drafter(CandidateGenerator, ABC):
 
     @abstractmethod
     def draft(self, input_ids: Tensor, request: DraftRequest) -> CandidatePool:
-        """Return a pool of nodes drafted below the newest token of each row; for `input_ids` see `get_candidates`."""
+        """Return a pool of nodes drafted below the newest token of each row.
+
+        `input_ids` are the text `[b, s]` or, without `reads_text`, its newest tokens.
+        """
 
     @abstractmethod
     def observe(self, committed: Committed) -> None:
         """Learn which tokens were added to the text. The loop calls this after the prompt and after each step."""
 
-    @overload
-    def get_candidates(self, input_ids: Tensor, request: DraftRequest) -> CandidatePool: ...
-
-    @overload
     def get_candidates(
-        self, input_ids: Tensor, request: None = None, *, model_outputs: Any = None, **kwargs: Any
-    ) -> tuple[torch.LongTensor, Any]: ...
+        self, input_ids: Tensor, *, model_outputs: Any = None, **kwargs: Any
+    ) -> tuple[torch.LongTensor, Any]:
+        """Propose a chain of c tokens after the text `input_ids` `[1, s]`: return both, `[1, s + c]`, and no logits.
 
-    def get_candidates(
-        self, input_ids: Tensor, request: DraftRequest | None = None, *, model_outputs: Any = None, **kwargs: Any
-    ) -> CandidatePool | tuple[torch.LongTensor, Any]:
-        """Propose the next tokens after `input_ids`: the text `[b, s]` or, without `reads_text`, its newest tokens.
-
-        Our loop passes a `request`, and gets the nodes of a tree. Transformers' loop passes `model_outputs`, those of
-        its newest forward with hidden states; it gets the text and a chain of c tokens, `[1, s + c]`, and no logits.
+        Transformers' loop calls this with `model_outputs`, those of its newest forward with hidden states.
         """
-        if request is not None:
-            return self.draft(input_ids, request)
         if self.feature_layers and model_outputs is None:  # before the prompt is read
             return cast(torch.LongTensor, input_ids), None
         tokens = input_ids[:, self._told :]
