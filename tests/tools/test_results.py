@@ -1,5 +1,6 @@
 """Rates, rows, table, advice and file, of measurements made up by hand."""
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +22,9 @@ from transformers_resps.tools.results import (
     huge_page_mib,
     machine,
     markdown_table,
+    peak_mib,
     plain_spread,
+    reset_peak,
     summarise,
     summary_rows,
     write_results,
@@ -85,6 +88,36 @@ def test_results_of_older_releases_are_shown_without_what_they_lack_and_a_refusa
     assert "| all | auto | 3.0 | 3.00 | 3.00 to 3.00 | 2.40 | 9.2 | 6 of 6 |" in markdown_table(old)
     last = markdown_table(old | {"not_compiled": "No C++ compiler was found."}).splitlines()[-1]
     assert last == "plain, compiled: not measured. No C++ compiler was found."
+
+
+def test_the_most_memory_of_a_method_has_a_column_where_it_is_known() -> None:
+    runs = [
+        Run(replace(run.timing, peak_mib=700 + 10 * n), run.token_ids, run.steps) for n, run in enumerate(made_up())
+    ]
+    found = results_of(runs)
+    assert found["pooled"][0]["peak_mib"] == 700 + 10 * (len(runs) - len(EFFORTS))
+    lines = markdown_table(found).splitlines()
+    assert lines[0].endswith("| nodes | peak MiB | same text |") and lines[2].endswith("|  | 780 |  |")
+    assert "peak" not in markdown_table(results_of(made_up()))
+
+
+def test_the_most_memory_since_the_last_reset_is_what_the_system_tells(tmp_path: Path) -> None:
+    cpu = torch.device("cpu")
+    assert peak_mib(cpu, tmp_path) is None
+    reset_peak(cpu, tmp_path / "missing")
+    (tmp_path / "status").write_text("Name:\tpython\nVmHWM:\t  331776 kB\nVmRSS:\t  1000 kB\n")
+    assert peak_mib(cpu, tmp_path) == 324
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux")
+def test_memory_that_was_given_back_before_a_reset_is_forgotten() -> None:
+    cpu = torch.device("cpu")
+    large = torch.ones(2**26)
+    before = peak_mib(cpu)
+    del large
+    reset_peak(cpu)
+    after = peak_mib(cpu)
+    assert before is not None and after is not None and after <= before - 200
 
 
 def test_the_advice_is_over_everything_that_was_measured() -> None:

@@ -36,7 +36,7 @@ from transformers_resps.telemetry.report import Timing, rate
 from transformers_resps.testing import explain_divergence
 from transformers_resps.tools.loading import load_source, load_target
 from transformers_resps.tools.methods import Bench, Generate, Method, Prompt, compiled, plain, plain_steps, policies
-from transformers_resps.tools.results import Run, machine, plain_spread
+from transformers_resps.tools.results import Run, machine, peak_mib, plain_spread
 from transformers_resps.tools.session import Dialogue, Session, check_apart, read_dialogues, spread
 
 from .arms import Kept, LeftOut, Models, arms_of, candidates, load_quantized
@@ -356,12 +356,12 @@ def held(experiment: Experiment, models: Models, arms: Mapping[str, Method], opt
     given = experiment, models.folders["target"], models.folders["head"], torch.get_num_threads()
     for arm in arms:
         with ProcessPoolExecutor(1, get_context("spawn")) as process:
-            peak = process.submit(peak_mib, arm, *given).result()
+            peak = process.submit(decoding_mib, arm, *given).result()
         yield {"arm": arm, "prompt": "all", "turn": 1, "tokens": 1, "seconds": 1.0, "mib": peak}
 
 
-def peak_mib(arm: str, experiment: Experiment, target: str, head: str, threads: int) -> float:
-    """Decode in this process; return the most memory that it ever held (`VmHWM`, Linux): code, weights and caches."""
+def decoding_mib(arm: str, experiment: Experiment, target: str, head: str, threads: int) -> int | None:
+    """Decode in this process; return the most memory that it ever held: code, weights and caches."""
     torch.set_num_threads(threads)
     tokenizer = AutoTokenizer.from_pretrained(target)
     if arm in OPENVINO:  # which needs to know the target alone
@@ -377,8 +377,7 @@ def peak_mib(arm: str, experiment: Experiment, target: str, head: str, threads: 
     for dialogue in spread(read_dialogues(str(OURS)), experiment.each):
         prompt = dialogue.prompt(tokenizer).input_ids[None]
         method.prepare(model, prompt, experiment.tokens, 0.0, [tokenizer.eos_token_id])()
-    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:")]
-    return int(line.split()[1]) / 1024
+    return peak_mib(torch.device("cpu"))
 
 
 def best_fixed(experiment: Experiment, models: Models, options: Any) -> TreeShape:

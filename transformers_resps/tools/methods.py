@@ -21,7 +21,7 @@ from ..policies.fixed import FixedPolicy
 from ..telemetry.report import SpeculationReport
 from ..tree import TreeShape
 from ..verifying.forward import decoder_layers
-from .results import COMPILED, COMPILED_PLAIN, INVARIANT, PLAIN, AnswerTiming, Run
+from .results import COMPILED, COMPILED_PLAIN, INVARIANT, PLAIN, AnswerTiming, Run, peak_mib, reset_peak
 
 
 EAGLE_TREES = ((60, 5, 10), (60, 7, 10))  # total_token, depth and top_k in EAGLE's counting
@@ -185,6 +185,7 @@ class Bench:
         while True:
             write = method.prepare(self.target, input_ids, most, temperature, sorted(self._end_ids))
             torch.manual_seed(repeat)
+            reset_peak(self.target.device)
             with self._forwards_noted(method) as begun:
                 started = self._clock()
                 answer = write()
@@ -198,8 +199,8 @@ class Bench:
         elif forwards is None:
             forwards, prefill = len(begun), begun[1] - started if len(begun) > 1 else seconds
         token_ids = up_to_end(answer.token_ids, self._end_ids)[:most]
-        asked = (prompt.turn, temperature)
-        timing = AnswerTiming(method.name, prompt.name, repeat, len(token_ids), forwards, seconds, *asked, prefill)
+        counted = (len(token_ids), forwards, seconds, prompt.turn, temperature, prefill)
+        timing = AnswerTiming(method.name, prompt.name, repeat, *counted, peak_mib(self.target.device))
         steps = [] if report is None else report.steps
         return Run(timing, torch.tensor(token_ids, dtype=torch.long), steps)
 

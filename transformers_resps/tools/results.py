@@ -8,6 +8,7 @@ import os
 import platform
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from itertools import chain
@@ -71,6 +72,7 @@ class AnswerTiming:
     turn: int = 1  # number of the turn in the conversation
     temperature: float = 0.0
     prefill_seconds: float = 0.0  # until the first token or, if unknown, until the target's second forward
+    peak_mib: int | None = None  # result of `peak_mib`; `None` if unknown
 
     @property
     def cell(self) -> Cell:
@@ -158,6 +160,7 @@ def summarise(timings: Sequence[AnswerTiming], method: str) -> dict[str, Any]:
         "compiled_ratio": compiled,
         "compiled_efficiency": None if compiled is None else compiled / tau,
         "spread": max(repeats) / min(repeats) - 1,
+        "peak_mib": max((m.peak_mib for m in own if m.peak_mib is not None), default=None),
         "temperature": temperatures.pop() if len(temperatures) == 1 else None,
     }
 
@@ -306,12 +309,12 @@ def markdown_table(results: dict[str, Any]) -> str:
     """Return the results as a Markdown table, by dataset, temperature and method, with estimates in italics."""
     several = len(results["settings"]["temperatures"]) > 1
     left = ["dataset", *(["temperature"] if several else []), "method"]
-    told = {
-        name: heading
-        for name, heading in _EFFICIENCY.items()
-        if any(row.get(name) is not None for row in chain.from_iterable(results["summaries"].values()))
+    known = {
+        name for row in chain.from_iterable(results["summaries"].values()) for name in row if row[name] is not None
     }
-    right = [*_SPEED, *told.values(), "nodes", "same text"]
+    told = {name: heading for name, heading in _EFFICIENCY.items() if name in known}
+    peak = ["peak MiB"] if "peak_mib" in known else []
+    right = [*_SPEED, *told.values(), "nodes", *peak, "same text"]
     lines = [table_row([*left, *right]), table_row(["---"] * len(left) + ["---:"] * len(right))]
     for dataset, rows in results["summaries"].items():
         for row in rows:
@@ -321,7 +324,8 @@ def markdown_table(results: dict[str, Any]) -> str:
             cells = [dataset, *([f"{row['temperature']:g}"] if several else [])]
             values = [row.get(name) if row["measured"] or name == "compiled_ratio" else None for name in told]
             efficiency = ["" if value is None else f"{value:.2f}" for value in values]
-            lines.append(table_row([*cells, *summary_cells(row), *efficiency, nodes, same]))
+            held = [str(row.get("peak_mib") or "")] if peak else []
+            lines.append(table_row([*cells, *summary_cells(row), *efficiency, nodes, *held, same]))
     if results.get("not_compiled"):
         lines += ["", f"{COMPILED_PLAIN}: not measured. {results['not_compiled']}"]
     if results.get("same_text_invariant"):
@@ -381,11 +385,31 @@ def machine(target: Any) -> dict[str, Any]:
 
 def huge_page_mib(process: Path = Path("/proc/self")) -> int | None:
     """Return how many MiB of this process are in huge pages; `None` if unknown."""
+    return _mib(process / "smaps_rollup", "AnonHugePages:")
+
+
+def peak_mib(device: torch.device, process: Path = Path("/proc/self")) -> int | None:
+    """Return the most MiB used since `reset_peak`: by tensors on a GPU, else by the process; `None` if unknown."""
+    return (
+        torch.cuda.max_memory_allocated(device) >> 20 if device.type == "cuda" else _mib(process / "status", "VmHWM:")
+    )
+
+
+def reset_peak(device: torch.device, process: Path = Path("/proc/self")) -> None:
+    """Let `peak_mib` forget what was used before, where the system can."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with suppress(OSError):
+            (process / "clear_refs").write_text("5")  # see proc(5)
+
+
+def _mib(file: Path, name: str) -> int | None:
     try:
-        lines = (process / "smaps_rollup").read_text().splitlines()
+        lines = file.read_text().splitlines()
     except OSError:
         return None
-    return next((int(line.split()[1]) >> 10 for line in lines if line.startswith("AnonHugePages:")), None)
+    return next((int(line.split()[1]) >> 10 for line in lines if line.startswith(name)), None)
 
 
 def write_results(file: Path, results: Mapping[str, Any]) -> Path:

@@ -237,7 +237,7 @@ def test_a_process_says_the_most_memory_that_it_held(
 ) -> None:
     monkeypatch.setattr(measuring, "OURS", tmp_path / "mine.jsonl")
     given = small("memory-smollm2", each=1), options.target, str(tmp_path / "head"), torch.get_num_threads()
-    assert 100 < measuring.peak_mib(named.STOCK, *given) < 10_000  # PyTorch alone takes more than the least
+    assert 100 < measuring.decoding_mib(named.STOCK, *given) < 10_000  # PyTorch alone takes more than the least
 
 
 def test_policies_decide_again_under_planted_costs_and_none_beats_the_oracle(
