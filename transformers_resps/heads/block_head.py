@@ -334,10 +334,6 @@ class BoundBlockHead(BlockModel, BoundModel):
         is_causal = all(pattern.is_causal for pattern in self.patterns)
         return levels + (not self._config.shifted) if is_causal else self._config.block_size
 
-    def context_entries(self, layer: int, fused: Tensor, places: Places) -> tuple[Tensor, Tensor]:
-        """Project fused features `[b, t, h]` to the keys and values of one layer."""
-        return cast(BlockLayer, self.head.layers[layer]).self_attn.entries(fused, Rope(*places))
-
     def run_block(self, tokens: Tensor, places: Places, attend: Attend) -> Tensor:
         """Run the head over the tokens `[b, q]` of blocks; return outputs `[b, q, h]` after the final norm."""
         table = self.embed_tokens.weight

@@ -143,7 +143,7 @@ def run_blocks(model: BoundBlockHead, features: Tensor, tokens: Tensor, anchors:
     """
     (rows, length), blocks, count = tokens.shape, anchors.shape[1], model.width(levels)
     fused, order = model.fuse(features.to(model.dtype)), torch.arange(length, device=features.device)
-    text, inside = model.places(order[None]), torch.arange(count, device=features.device)
+    text, inside = model.head.rope(order[None]), torch.arange(count, device=features.device)
     positions = anchors[..., None] + inside  # [b, m, q]
     slots = torch.arange(blocks * count, device=features.device)
     before = order < anchors.repeat_interleave(count, dim=1)[..., None]  # [b, m * q, t]
@@ -161,11 +161,10 @@ def run_blocks(model: BoundBlockHead, features: Tensor, tokens: Tensor, anchors:
     masks = {pattern: masked(pattern) for pattern in dict.fromkeys(model.patterns)}
 
     def attend_block(layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        entries = zip(model.context_entries(layer, fused, text), (keys, values), strict=True)
+        entries = zip(model.head.layers[layer].self_attn.entries(fused, text), (keys, values), strict=True)
         keys, values = (torch.cat([of_text, together(own)], dim=2) for of_text, own in entries)
         attended = attend(together(queries), keys, values, masks[model.patterns[layer]])
         return attended.reshape(rows, -1, blocks, *queries.shape[2:]).transpose(1, 2).flatten(0, 1)
 
     roots = F.pad(tokens.gather(1, anchors).flatten()[:, None], (0, count - 1), value=model.mask_token_id)
-    output = model.run_block(roots, model.places(positions.flatten(0, 1)), attend_block)
-    return output.unflatten(0, (rows, blocks))
+    return model.run_block(roots, model.places(positions.flatten(0, 1)), attend_block).unflatten(0, (rows, blocks))

@@ -54,22 +54,19 @@ def read_block(
     checkpoint: Checkpoint, target: PreTrainedModel | None, overrides: dict[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Convert a block head to fields of its config and tensors by our names; for the arguments see `Reader`."""
-    return _PublishedBlock(checkpoint, target, overrides).read()
+    names, config = bare_names(checkpoint.tensors), checkpoint.config
+    publisher = _publisher_of(config, names)
+    nested = config.get("transformer_layer_config") or {}, config, config.get("dflash_config") or {}, overrides
+    fields = {key: value for part in nested for key, value in part.items() if value is not None}
+    rope = fields.get("rope_parameters") or {}
+    fields |= {"rope_parameters": rope["sliding_attention"]} if "sliding_attention" in rope else {}
+    if publisher is Publisher.MUSE and not rope:
+        fields = {"rope_theta": _MUSE_BASE, **fields}
+    tensors = {_SPELLINGS.get(name, name): part for name, part in names.items()}
+    return _PublishedBlock(checkpoint.name, fields, overrides, publisher, tensors, target).read()
 
 
 class _PublishedBlock(PublishedHead):
-    def __init__(self, checkpoint: Checkpoint, target: PreTrainedModel | None, overrides: dict[str, Any]) -> None:
-        names, config = bare_names(checkpoint.tensors), checkpoint.config
-        publisher = _publisher_of(config, names)
-        nested = config.get("transformer_layer_config") or {}, config, config.get("dflash_config") or {}, overrides
-        fields = {key: value for part in nested for key, value in part.items() if value is not None}
-        rope = fields.get("rope_parameters") or {}
-        fields |= {"rope_parameters": rope["sliding_attention"]} if "sliding_attention" in rope else {}
-        if publisher is Publisher.MUSE and not rope:
-            fields = {"rope_theta": _MUSE_BASE, **fields}
-        tensors = {_SPELLINGS.get(name, name): part for name, part in names.items()}
-        super().__init__(checkpoint.name, fields, overrides, publisher, tensors, target)
-
     def read(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Return the fields for `BlockHeadConfig`, and the tensors by this package's names."""
         self._refuse_others()
