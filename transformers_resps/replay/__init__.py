@@ -4,17 +4,15 @@ from .fitted_policy import fitted_policy
 from .outcomes import HeldOutcomes, OutcomeTable, TextOutcomes
 from .ranked_text import RankedText, depths_of
 from .recorded_text import MOST_NODES, RecordedText, record_pools
-from .replayed_decoding import RecordedDrafter, ReplayedStep, decode_again, replay_policy
+from .replayed_decoding import decode_again, replay_policy
 
 
 __all__ = [
     "MOST_NODES",
     "HeldOutcomes",
     "OutcomeTable",
-    "RecordedDrafter",
     "RecordedText",
     "RankedText",
-    "ReplayedStep",
     "TextOutcomes",
     "decode_again",
     "depths_of",

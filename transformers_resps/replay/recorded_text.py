@@ -47,11 +47,6 @@ class RecordedText:
     def __len__(self) -> int:
         return len(self.features)
 
-    @classmethod
-    def from_recording(cls, text: "RecordedText") -> "RecordedText":
-        """Return `text` itself, so that the same call makes a `RecordedText` or a `RankedText`."""
-        return text
-
     @property
     def depth(self) -> int:
         return max(int(pool.levels[-1]) for pool in self.pools.values())
@@ -75,12 +70,10 @@ class RecordedText:
         with open_recording(file, "tokens.") as (opened, metadata):
             get = opened.get_tensor
             top_ks = sorted(int(name.split(".")[1]) for name in opened.keys() if name.startswith("tokens."))  # noqa: SIM118
-            pools = {
-                k: CandidatePool(
-                    get(f"tokens.{k}").long(), get(f"parents.{k}").long(), get(f"scores.{k}"), get(f"levels.{k}")
-                )
-                for k in top_ks
-            }
+            pools = {}
+            for k in top_ks:
+                tokens, parents = get(f"tokens.{k}").long(), get(f"parents.{k}").long()
+                pools[k] = CandidatePool(tokens, parents, get(f"scores.{k}"), get(f"levels.{k}"))
             sizes = {name: int(metadata[name]) for name in _SIZES}
             return cls(input_ids=get("input_ids"), features=get("features"), pools=pools, **sizes)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 from torch import Tensor, tensor
@@ -268,7 +268,7 @@ class AnswerRecorder(Generic[Recorded]):
         room = self.generation["max_new_tokens"] - answered
         options: dict[str, Any] = {"depths": self.depths, "spare_room": room, "block_nodes": self.block_nodes}
         pools = record_pools(self.target, self.head, text, len(prompt), **options)
-        return self.recording.from_recording(pools)
+        return cast(Recorded, pools if self.recording is RecordedText else RankedText.from_recording(pools))
 
 
 _USUAL_CONTEXT = 256  # Assumed number of positions while decoding, if there are no prompts.
