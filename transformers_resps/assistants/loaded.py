@@ -49,8 +49,7 @@ class LoadedModel(LevelSource):
         if obstacle is None and model.device != target.device:
             obstacle = f"is on {model.device}, and the target on {target.device}. Call `.to('{target.device}')` on it."
         if obstacle is not None:
-            name = model.config.name_or_path or type(model).__name__
-            raise ValueError(f"The assistant {name} {obstacle}")
+            raise ValueError(f"The assistant {model.config.name_or_path or type(model).__name__} {obstacle}")
 
     def fingerprint(self) -> str:
         return parameter_fingerprint(self.model)

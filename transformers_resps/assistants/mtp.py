@@ -350,8 +350,7 @@ class MtpHead(TrainableSource, nn.Module):
         return TreeShape(16, 4 if self.settings.depths == 1 else min(4, self.settings.depths), 4)
 
     def check_target(self, target: PreTrainedModel) -> None:
-        sizes = {key: self.target[key] for key in ("hidden_size", "vocab_size")}
-        check_made_for(target, sizes, self.target, [])
+        check_made_for(target, {key: self.target[key] for key in ("hidden_size", "vocab_size")}, self.target, [])
 
     def fingerprint(self) -> str:
         return parameter_fingerprint(self)

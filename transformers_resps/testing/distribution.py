@@ -115,8 +115,7 @@ def goodness_of_fit(probabilities: Tensor, bins: Tensor) -> Fit:
     degrees = len(pooling) - 1  # the last count follows from the others
     chi_square = 0.0
     if degrees:
-        solved = torch.linalg.solve(covariance[:-1, :-1], difference[:-1])
-        chi_square = float(difference[:-1] @ solved)
+        chi_square = float(difference[:-1] @ torch.linalg.solve(covariance[:-1, :-1], difference[:-1]))
     return Fit(len(bins), chi_square, degrees, total_variation)
 
 
@@ -196,8 +195,7 @@ def check_distribution(model: ModelUnderTest, prompts: Sequence[Tensor], count: 
                 rows.append(torch.zeros(DRAFTED + 3).index_add_(0, bins, place.probs))
                 own.append(bins[place.token])
                 wrong.append(bins[wrong_token(place, generator)])
-    probabilities = torch.stack(rows)
-    fits = [goodness_of_fit(probabilities, torch.stack(fallen)) for fallen in (own, wrong)]
+    fits = [goodness_of_fit(torch.stack(rows), torch.stack(fallen)) for fallen in (own, wrong)]
     return DistributionCheck(count, accepted, *fits)
 
 

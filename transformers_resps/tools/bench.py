@@ -314,9 +314,8 @@ def results_of(
     estimates: Sequence[AnswerTiming] = (),
 ) -> dict[str, Any]:
     """Return the results so far (see training/benchmarking/RESULTS.md), with `estimates` marked as not measured."""
-    timings, runs = session.timings, dict[str, list[Run]]({method.name: [] for method in session.methods})
-    for run in session.runs:
-        runs[run.timing.method].append(run)
+    timings = session.timings
+    runs = {one.name: [run for run in session.runs if run.timing.method == one.name] for one in session.methods}
     cost = costs.verify_seconds(NAMED_NODES, _ADVICE_CONTEXT) / costs.plain_seconds(_ADVICE_CONTEXT)
     return {
         "schema_version": SCHEMA_VERSION,

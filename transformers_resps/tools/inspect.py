@@ -344,6 +344,5 @@ def is_explained(examination: Examination, dtype: torch.dtype) -> bool:
     """Whether both texts are equal or may differ by rounding, as sampled texts in half precision always may."""
     if examination.parts_at is None or examination.is_invariant:
         return examination.parts_at is None
-    if examination.divergence is not None:
-        return examination.divergence.explained
-    return dtype in HALF_PRECISIONS
+    divergence = examination.divergence
+    return dtype in HALF_PRECISIONS if divergence is None else divergence.explained

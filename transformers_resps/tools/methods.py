@@ -201,8 +201,7 @@ class Bench:
         token_ids = up_to_end(answer.token_ids, self._end_ids)[:most]
         counted = (len(token_ids), forwards, seconds, prompt.turn, temperature, prefill)
         timing = AnswerTiming(method.name, prompt.name, repeat, *counted, peak_mib(self.target.device))
-        steps = [] if report is None else report.steps
-        return Run(timing, torch.tensor(token_ids, dtype=torch.long), steps)
+        return Run(timing, torch.tensor(token_ids, dtype=torch.long), [] if report is None else report.steps)
 
     @contextmanager
     def _forwards_noted(self, method: Method) -> Iterator[list[float]]:

@@ -195,8 +195,7 @@ class CachedFeatures(PreparedTexts):
         tensors: dict[str, Tensor] = {}
         lengths = [len(example.input_ids) for example in block]
         for rows in TokenBudgetBatches(lengths, _TOKENS_PER_FORWARD, shuffle=False):
-            part = [block[row] for row in rows]
-            batch = self._collate([example.tensors for example in part])
+            batch = self._collate([block[row].tensors for row in rows])
             device = self._target.model.device
             predicted = (batch["labels"] != IGNORED).to(device)
             outputs = self._target.run(batch["input_ids"].to(device), predicted, batch.get("image_inputs"))

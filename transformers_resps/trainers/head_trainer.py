@@ -174,7 +174,7 @@ class DraftHeadTrainer(ArtefactTrainer):
     def evaluation_loop(self, dataloader: DataLoader[Any], *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Evaluate as in Transformers; also compute how often each level agrees with the target, and simulate tau."""
         began = time.monotonic()
-        self._meters["eval"].reset()
+        self._meters["eval"] = LevelMeter(self.args.ttt_steps)
         output = super().evaluation_loop(dataloader, *args, **kwargs)
         metrics, _ = self._meters["eval"].summary(self._over_processes)
         if self.args.tau_texts:  # every process needs tau, to know the best checkpoint
@@ -245,7 +245,7 @@ class DraftHeadTrainer(ArtefactTrainer):
         if "loss" in logs:
             agreement, tokens = self._meters["train"].summary(self._over_processes)
             logs |= agreement | self._speed.lap(tokens, self.state.global_step, self.state.max_steps)
-            self._meters["train"].reset()
+            self._meters["train"] = LevelMeter(self.args.ttt_steps)
         super().log(logs, start_time)
 
     def _over_processes(self, sums: Tensor) -> Tensor:
@@ -279,8 +279,7 @@ class DraftHeadTrainer(ArtefactTrainer):
         return self._loader(self._data.texts(rows, self.target), shuffle=False)
 
     def _loader(self, texts: PreparedTexts | StreamedBatches, *, shuffle: bool) -> DataLoader[Any]:
-        loader = self._data.loader(texts, self.data_collator, shuffle=shuffle)
-        return self.accelerator.prepare(loader)
+        return self.accelerator.prepare(self._data.loader(texts, self.data_collator, shuffle=shuffle))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.args.optim != MUON or self.optimizer_cls_and_kwargs is not None:
@@ -382,17 +381,13 @@ def warn_if_small(tokens: int) -> bool:
 
 
 class LevelMeter:
-    """Sums each level's loss, and how often the head's best token is the target's best, since the last reset.
+    """Sums each level's loss, and how often the head's best token is the target's best.
 
     A best token of the target that is outside the draft vocabulary counts as a miss, as in decoding.
     """
 
     def __init__(self, levels: int) -> None:
-        self._levels = levels
-        self.reset()
-
-    def reset(self) -> None:
-        self._sums = torch.zeros(3, self._levels, dtype=torch.float64)  # losses, hits, predicted tokens
+        self._sums = torch.zeros(3, levels, dtype=torch.float64)  # losses, hits, predicted tokens
         self._tokens = 0
 
     def add(self, losses: Tensor, hits: Tensor, predicted: Tensor, tokens: int) -> None:
