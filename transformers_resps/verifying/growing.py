@@ -1,7 +1,5 @@
 """Verify trees with a dynamic cache, which grows at each step; calls without compiled code use this mode."""
 
-from typing import Self
-
 import torch
 from torch import Tensor
 
@@ -22,17 +20,6 @@ class TreeVerifier(Verifier):
         self._mixers = RecurrentMixers(forward.target, forward.cache)
         self.reads_paths = bool(self._mixers)
         self._newest_nodes = 0  # nodes of the newest tree, with padding; 0 once it was kept or undone
-
-    def __enter__(self) -> Self:
-        super().__enter__()
-        self._mixers.readers.__enter__()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        try:
-            super().__exit__(*exception)
-        finally:
-            self._mixers.readers.__exit__(None, None, None)
 
     def _begin_steps(self) -> None:
         preallocate(self.forward.cache)

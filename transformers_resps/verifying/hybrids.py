@@ -439,12 +439,11 @@ def _states_in(cache: Cache, layer: int) -> LayerStates:
 
 
 class RecurrentMixers:
-    """Lets a target's recurrent layers, if any, run over trees with a dynamic cache, inside `with self.readers`."""
+    """Lets a target's recurrent layers, if any, run over trees with a dynamic cache."""
 
     def __init__(self, target: PreTrainedModel, cache: Cache) -> None:
         self._target, self._cache = target, cache
         self._mixers = known_mixers(target)
-        self.readers = reading_trees(self._mixers.values())
         self._kinds: StateKinds | None = None
         self._noted: list[Tensor] = []  # values noted for the newest tree, until `keep` or `drop`
 
@@ -453,14 +452,18 @@ class RecurrentMixers:
 
     @contextmanager
     def reading(self, tree: DraftTree) -> Iterator[dict[str, Any]]:
-        """Yield extra keywords for a forward over a tree; none for a lone root, whose forward advances the states."""
+        """Yield extra keywords for the forward over a tree inside the `with` block; replace scans for that forward.
+
+        There are no keywords for a lone root, whose forward advances the states.
+        """
         self.drop()
         if not self._mixers or tree.node_count == 1:
             yield {}
             return
         self._kinds = self._kinds or StateKinds(self._target, self._cache)
         whole = WholeTree(tree.depths, tree.ancestors, self._kinds.held_by(self._cache))
-        yield {CACHE_KEYWORD: WholeTreeCache(self._cache.layers, whole), "resps_tree": whole}
+        with reading_trees(self._mixers.values()):
+            yield {CACHE_KEYWORD: WholeTreeCache(self._cache.layers, whole), "resps_tree": whole}
         self._noted = self._kinds.noted(whole)
 
     def keep(self, path: Tensor) -> None:
