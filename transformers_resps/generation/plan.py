@@ -84,11 +84,6 @@ class Prepared:
         """Positions `[b or 1, s]`, or `[planes, b or 1, s]` if each token has several positions (M-RoPE)."""
         return self.model_kwargs["position_ids"]
 
-    @property
-    def hold_more_than_tokens(self) -> bool:
-        """Whether Transformers' code has to read the prompt, since it has images, sounds or embeddings."""
-        return holds_more_than_tokens(self.model_kwargs)
-
     def forward(self, sources: Sequence[DraftSource]) -> TargetForward:
         """Return a wrapper that runs the target and also returns the hidden states (features) that `sources` read."""
         layers = sorted({layer for source in sources for layer in source.feature_layers})
@@ -174,10 +169,6 @@ class PreparedEncoderDecoder(Prepared):
     def is_cache_given(self) -> bool:
         """Whether the caller passed the cache, or gets a cache of several rows, which holds finished rows' padding."""
         return super().is_cache_given or (self.returns_dict and len(self.input_ids) > 1)
-
-    @property
-    def hold_more_than_tokens(self) -> bool:
-        return True
 
     @property
     def encoded(self) -> tuple[Any, Tensor | None]:
@@ -377,8 +368,9 @@ def _has_active_adapter(target: nn.Module) -> bool:
 def _has_to_read(prepared: Prepared) -> bool:
     """Whether only Transformers' code can read the prompt; EXAONE 4.5 and others need this code for text, too."""
     config = prepared.target.config
-    may_hold_more = not config.is_encoder_decoder and config is not config.get_text_config(decoder=True)
-    return prepared.hold_more_than_tokens or (may_hold_more and not is_compiled(prepared.target))
+    if config.is_encoder_decoder or holds_more_than_tokens(prepared.model_kwargs):
+        return True
+    return config is not config.get_text_config(decoder=True) and not is_compiled(prepared.target)
 
 
 def _rows(lockstep: bool | None, prepared: Prepared) -> tuple[bool, bool]:
