@@ -20,10 +20,10 @@ from transformers_resps.compilation.few_bits import (
     Codes,
     few_bits,
     few_bits_weight,
-    int4_codes,
-    int4_scales,
     numbers,
+    rounded_codes,
     rounding,
+    rounding_scales,
 )
 from transformers_resps.compilation.kernels import reads_few_bits
 from transformers_resps.compilation.packages import FOLDER_VARIABLE
@@ -45,8 +45,8 @@ def decoded(target: PreTrainedModel, *, rounds: bool) -> PreTrainedModel:
         found = few_bits(layer)
         weight = getattr(layer, "weight", None) if found is None else few_bits_weight(*found.read(), found.kind)
         if rounds and isinstance(layer, nn.Linear):
-            _, groups = rounding(weight, 4)
-            codes, scales = int4_codes(weight, groups), int4_scales(weight, groups)
+            kind, groups = rounding(weight, 4)
+            codes, scales = rounded_codes(weight, kind, groups), rounding_scales(weight, kind, groups)
             weight = (numbers(codes, Codes.INT4).unflatten(1, (groups, -1)) * scales[..., None]).flatten(1)
         if isinstance(layer, nn.Linear):
             layer.weight = nn.Parameter(weight.detach(), requires_grad=False)

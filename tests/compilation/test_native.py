@@ -18,7 +18,7 @@ from tests.targets import Architecture
 from transformers_resps import FixedPolicy, TreeShape, attach
 from transformers_resps.compilation import native, packages
 from transformers_resps.compilation.compiled import CompiledFunction
-from transformers_resps.compilation.few_bits import Codes, rounding
+from transformers_resps.compilation.few_bits import rounding
 from transformers_resps.compilation.kernels import NEVER, ONEDNN, VECTORS, Choice, Kernels, Products, reads_few_bits
 from transformers_resps.compilation.native import (
     bf16_attention,
@@ -432,12 +432,9 @@ def rounded(layer: Decoder, bits: int) -> Decoder:
     copied, operators = copy.deepcopy(layer), torch.ops.resps
     for part in copied.modules() if bits < 16 else ():
         if isinstance(part, nn.Linear):
-            kind, *groups = rounding(part.weight, bits)
-            of_kind = {
-                Codes.INT8: (operators.int8_codes, operators.int8_scales),
-                Codes.INT4: (operators.int4_codes, operators.int4_scales),
-            }
-            codes, scales = (operator(part.weight, *groups) for operator in of_kind[kind])
+            kind, groups = rounding(part.weight, bits)
+            codes = operators.rounded_codes(part.weight, kind, groups)
+            scales = operators.rounding_scales(part.weight, kind, groups)
             part.weight.copy_(operators.few_bits_weight(codes, scales, None, kind))
     return copied
 

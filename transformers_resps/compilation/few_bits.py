@@ -99,62 +99,48 @@ def _(rows: Tensor, codes: Tensor, *_: object) -> Tensor:
     return rows.new_empty(*rows.shape[:-1], codes.shape[0])
 
 
-@torch.library.custom_op("resps::int8_scales", mutates_args=())
-def int8_scales(weight: Tensor) -> Tensor:
-    """Return scales `[outputs, 1]` with which the highest int8 code reaches each output's largest magnitude."""
-    return weight.float().abs().amax(dim=1, keepdim=True).clamp_min(1e-30) / 127.5
+@torch.library.custom_op("resps::rounding_scales", mutates_args=())
+def rounding_scales(weight: Tensor, kind: int, groups: int) -> Tensor:
+    """Return scales `[outputs, groups]` with which a bf16 weight is rounded to codes of this `kind`.
 
-
-@int8_scales.register_fake
-def _(weight: Tensor) -> Tensor:
-    return weight.new_empty(weight.shape[0], 1, dtype=torch.float32)
-
-
-@torch.library.custom_op("resps::int8_codes", mutates_args=())
-def int8_codes(weight: Tensor) -> Tensor:
-    """Divide a bf16 weight by its `int8_scales`, and round it to int8 codes: code c means c + 0.5."""
-    return (weight.float() / int8_scales(weight)).floor().clamp(-128, 127).to(torch.int8)
-
-
-@int8_codes.register_fake
-def _(weight: Tensor) -> Tensor:
-    return weight.new_empty(weight.shape, dtype=torch.int8)
-
-
-@torch.library.custom_op("resps::int4_scales", mutates_args=())
-def int4_scales(weight: Tensor, groups: int) -> Tensor:
-    """Return scales `[outputs, groups]`: a group's largest weight divided by its scale is -8 (llama.cpp's Q4_0)."""
+    With them, the highest INT8 code reaches a group's largest magnitude, and the number -8 of INT4 is a group's
+    largest weight (llama.cpp's Q4_0).
+    """
     parts = weight.float().unflatten(1, (groups, -1))
+    if kind == Codes.INT8:
+        return parts.abs().amax(dim=-1).clamp_min(1e-30) / 127.5
     scales = parts.gather(-1, parts.abs().argmax(dim=-1, keepdim=True))[..., 0] / -8
     return torch.where(scales == 0, 1e-30, scales)
 
 
-@int4_scales.register_fake
-def _(weight: Tensor, groups: int) -> Tensor:
+@rounding_scales.register_fake
+def _(weight: Tensor, kind: int, groups: int) -> Tensor:
     return weight.new_empty(weight.shape[0], groups, dtype=torch.float32)
 
 
-@torch.library.custom_op("resps::int4_codes", mutates_args=())
-def int4_codes(weight: Tensor, groups: int) -> Tensor:
-    """Divide a bf16 weight by its `int4_scales`, and round it to codes from 0 to 15: code c means c - 8."""
-    parts = weight.float().unflatten(1, (groups, -1)) / int4_scales(weight, groups)[..., None]
+@torch.library.custom_op("resps::rounded_codes", mutates_args=())
+def rounded_codes(weight: Tensor, kind: int, groups: int) -> Tensor:
+    """Divide a bf16 weight by its `rounding_scales`, and round it to codes of this `kind`."""
+    parts = weight.float().unflatten(1, (groups, -1)) / rounding_scales(weight, kind, groups)[..., None]
+    if kind == Codes.INT8:
+        return parts.floor().clamp(-128, 127).to(torch.int8).flatten(1)
     return (parts.round().clamp(-8, 7) + 8).to(torch.uint8).flatten(1)
 
 
-@int4_codes.register_fake
-def _(weight: Tensor, groups: int) -> Tensor:
-    return weight.new_empty(weight.shape, dtype=torch.uint8)
+@rounded_codes.register_fake
+def _(weight: Tensor, kind: int, groups: int) -> Tensor:
+    return weight.new_empty(weight.shape, dtype=torch.int8 if kind == Codes.INT8 else torch.uint8)
 
 
-def rounding(weight: Tensor, bits: int) -> tuple[Codes, *tuple[int, ...]]:
-    """Return the kind of codes to which a bf16 weight is rounded for `bits`, and for INT4 its number of groups.
+def rounding(weight: Tensor, bits: int) -> tuple[Codes, int]:
+    """Return the kind of codes to which a bf16 weight is rounded for `bits`, and its number of groups.
 
     With `bits` 4, output heads and layers whose inputs cannot be divided into groups are still rounded to 8 bits.
     """
     outputs, inputs = weight.shape
     if bits == 4 and outputs < _OUTPUT_HEAD and inputs % _GROUP == 0:
         return Codes.INT4, inputs // _GROUP
-    return (Codes.INT8,)
+    return Codes.INT8, 1
 
 
 @torch.library.custom_op("resps::pack_codes", mutates_args=())
@@ -257,21 +243,16 @@ def unread_weights(model: PreTrainedModel) -> list[str]:
     return sorted({type(weight).__name__ for weight in odd})
 
 
-def _int8_tensor(weight: Any) -> FewBits | None:
-    """Convert torchao's `Int8Tensor`; return `None` if its layer also quantizes or scales the inputs."""
-    return _integers(weight, weight.qdata, bits=8) if _takes_plain_inputs(weight) else None
+def _int_tensor(weight: Any) -> FewBits | None:
+    """Convert torchao's `Int8Tensor`, or its `IntxUnpackedToInt8Tensor` of up to 8 bits.
 
-
-def _intx_tensor(weight: Any) -> FewBits | None:
-    """Convert torchao's `IntxUnpackedToInt8Tensor` of up to 8 bits; return `None` if the layer quantizes inputs."""
-    bits = int(str(weight.target_dtype).removeprefix("torch.int"))
-    return _integers(weight, weight.qdata, bits=bits) if _takes_plain_inputs(weight) else None
-
-
-def _integers(weight: Any, integers: Tensor, *, bits: int) -> FewBits | None:
-    """Convert a weight `(integers - zero_point) * scale`; return `None` if its groups do not fit `FewBits`."""
-    if integers.dim() != 2 or weight.dtype is not torch.bfloat16:
+    The weight is `(integers - zero_point) * scale`. Returns `None` if its groups do not fit `FewBits`, or if the layer
+    also quantizes or scales its inputs.
+    """
+    integers, is_plain = weight.qdata, _takes_plain_inputs(weight) and weight.dtype is torch.bfloat16
+    if not is_plain or integers.dim() != 2:
         return None
+    bits = int(str(getattr(weight, "target_dtype", torch.int8)).removeprefix("torch.int"))
     (outputs, inputs), (height, width) = integers.shape, weight.block_size
     if height not in (1, outputs) or not _has_groups(inputs, width):
         return None
@@ -341,8 +322,8 @@ def _has_groups(inputs: int, width: int) -> bool:
 
 
 _KNOWN: Mapping[str, Callable[[Any], FewBits | None]] = {  # by package and class
-    "torchao Int8Tensor": _int8_tensor,
-    "torchao IntxUnpackedToInt8Tensor": _intx_tensor,
+    "torchao Int8Tensor": _int_tensor,
+    "torchao IntxUnpackedToInt8Tensor": _int_tensor,
     "torchao Int4OpaqueTensor": _opaque_tensor,
     "bitsandbytes Params4bit": _params_4bit,
 }

@@ -327,10 +327,6 @@ def _round_weights(program: ExportedProgram, bits: int) -> None:
     """Round the weights of linear layers to `bits` in the program: bf16 weights, and for 4 bits int8 weights, too."""
     graph, operators = program.graph, torch.ops.resps
     first = next(node for node in graph.nodes if node.op != "placeholder")  # joined layers read all weights there
-    rounds = {
-        Codes.INT8: (operators.int8_codes.default, operators.int8_scales.default),
-        Codes.INT4: (operators.int4_codes.default, operators.int4_scales.default),
-    }
     layers = list(_bf16_layers(program))
     for node in graph.find_nodes(op="call_function", target=operators.few_bits_linear.default):
         rows, *coded, bias, kind = node.args
@@ -341,11 +337,12 @@ def _round_weights(program: ExportedProgram, bits: int) -> None:
             weight.meta["val"] = operators.few_bits_weight(*torch.fx.map_arg(arguments, _value))
             layers.append((node, rows, [weight, bias] if bias else [weight]))
     for node, rows, (weight, *bias) in layers:
-        kind, *groups = rounding(_value(weight), bits)
-        with graph.inserting_before(first):
-            parts = [_call(graph, operator, weight, *groups) for operator in rounds[kind]]
-        for part, operator in zip(parts, rounds[kind], strict=True):
-            part.meta["val"] = operator(_value(weight), *groups)
+        kind, groups = rounding(_value(weight), bits)
+        parts = list[Node]()
+        for operator in (operators.rounded_codes.default, operators.rounding_scales.default):
+            with graph.inserting_before(first):
+                parts.append(_call(graph, operator, weight, int(kind), groups))
+            parts[-1].meta["val"] = operator(_value(weight), kind, groups)
         arguments = rows, *parts, None, bias[0] if bias else None, int(kind)
         with graph.inserting_before(node):
             rounded = _call(graph, operators.few_bits_linear.default, *arguments)
