@@ -411,13 +411,6 @@ def _fuse_gated(graph: Graph, layers: list[Node], layout: _Layout, choice: Choic
     return True
 
 
-def _library_weight(graph: Graph, weights: list[Argument], choice: Choice) -> Argument:
-    """Return a node with all the weights joined, which oneDNN reads; `None` if oneDNN is never used."""
-    if choice.library_from == NEVER or len(weights) == 1:
-        return None if choice.library_from == NEVER else weights[0]
-    return _call(graph, torch.ops.aten.cat.default, weights)
-
-
 def _join(graph: Graph, layers: list[Node], choice: Choice) -> None:
     """Replace layers with the same input by one operator, inserted before the first layer."""
     with graph.inserting_before(layers[0]):
@@ -440,7 +433,11 @@ def _multiply(graph: Graph, layers: list[Node], choice: Choice, *, is_gated: boo
     if kind >= 0:
         arguments = rows, packed, *factors, bias, width, kind, is_gated, choice.tiles_from
         return _call(graph, operators.packed_few_bits.default, *arguments)
-    library = _library_weight(graph, [layer.args[1] for layer in layers], choice)
+    library, *others = [layer.args[1] for layer in layers]
+    if choice.library_from == NEVER:
+        library = None
+    elif others:
+        library = _call(graph, torch.ops.aten.cat.default, [library, *others])
     if is_gated:
         return _call(graph, operators.bf16_gated.default, rows, packed, library, width, *choice)
     return _call(graph, operators.bf16_linear.default, rows, packed, bias, library, width, *choice)

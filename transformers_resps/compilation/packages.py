@@ -222,7 +222,11 @@ class ModulePackages:
 
     @cached_property
     def _weights(self) -> str:
-        return _digest_of_weights(self._module())
+        digest = hashlib.sha256()
+        for name, weight in named_weights(self._module()).items():
+            digest.update(name.encode())
+            digest.update(weight.contiguous().flatten().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
 
 
 class _LoadedPart(NamedTuple):
@@ -241,7 +245,9 @@ class PackagedCode:
     """
 
     def __init__(self, path: Path, identity: dict[str, str], module: nn.Module, constants: "_Constants") -> None:
-        _check_private(path)
+        status = path.stat()
+        if os.name == "posix" and (status.st_uid != os.geteuid() or status.st_mode & 0o022):
+            raise UnfitPackageError("another user may write it")
         manifest = _manifest(path)
         if manifest is None:
             raise UnfitPackageError("it is damaged")
@@ -574,13 +580,6 @@ def _manifest(path: Path) -> _Manifest | None:
     return manifest if seal == _digest_of(manifest) else None
 
 
-def _check_private(path: Path) -> None:
-    if os.name == "posix":
-        status = path.stat()
-        if status.st_uid != os.geteuid() or status.st_mode & 0o022:
-            raise UnfitPackageError("another user may write it")
-
-
 def _about(module: nn.Module) -> dict[str, str]:
     """Describe by name what a module's code depends on, except for the compiled function and most weight values."""
     weights = {
@@ -631,11 +630,8 @@ def _processor() -> list[str]:
 
 
 def _model_name(module: nn.Module) -> str:
-    for part in module.modules():
-        name = getattr(part, "name_or_path", None)
-        if name:
-            return f"{type(part).__name__} {name}"
-    return type(module).__name__
+    named = (part for part in module.modules() if getattr(part, "name_or_path", None))
+    return next((f"{type(part).__name__} {part.name_or_path}" for part in named), type(module).__name__)
 
 
 def _configs(module: nn.Module) -> list[str]:
@@ -664,14 +660,6 @@ def _sampled_values(weight: Tensor) -> list[str]:
         return []
     first = weight[(0,) * (weight.dim() - 1)] if weight.dim() else weight[None]
     return [repr(value) for value in first[:_SAMPLED].tolist()]
-
-
-def _digest_of_weights(module: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for name, weight in named_weights(module).items():
-        digest.update(name.encode())
-        digest.update(weight.contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def _digest_of_file(path: Path) -> str:

@@ -83,10 +83,11 @@ def exported_part(program: ExportedProgram, part: ProgramPart) -> ExportedProgra
     Raises an `UncuttableError` if the part cannot be traced alone, for instance if a dynamic size is 1 in the example.
     """
     graph, module, copies = Graph(), nn.Module(), dict[Node, Node]()
+    weights, names = {**program.constants, **program.state_dict}, weight_names(program)
     for number, node in enumerate(part.inputs):
         copies[node] = graph.placeholder(f"input_{number}")
     for number, node in enumerate(part.weights):
-        module.register_buffer(f"w{number}", _weight_of(program, node))
+        module.register_buffer(f"w{number}", weights[names[node.name]].detach())
         copies[node] = graph.get_attr(f"w{number}")
     for node in part.nodes:
         copies[node] = graph.node_copy(node, copies.__getitem__)
@@ -94,7 +95,10 @@ def exported_part(program: ExportedProgram, part: ProgramPart) -> ExportedProgra
     examples, dynamic = [], []
     for node in part.inputs:
         value = node.meta["val"]
-        sizes, strides = ([_example_size(size) for size in sizes] for sizes in (value.shape, value.stride()))
+        sizes, strides = (
+            [int(size.node.hint) if isinstance(size, torch.SymInt) else size for size in sizes]
+            for sizes in (value.shape, value.stride())
+        )
         changing = [place for place, size in enumerate(value.shape) if isinstance(size, torch.SymInt)]
         if any(sizes[place] < 2 for place in changing):
             raise UncuttableError("a size that may change is 0 or 1 in the example")
@@ -115,12 +119,6 @@ def weight_names(program: ExportedProgram) -> Mapping[str, str]:
         **signature.inputs_to_buffers,
         **signature.inputs_to_lifted_tensor_constants,
     }
-
-
-def _weight_of(program: ExportedProgram, placeholder: Node) -> Tensor:
-    name = weight_names(program)[placeholder.name]
-    weight: Tensor = program.state_dict[name] if name in program.state_dict else program.constants[name]
-    return weight.detach()
 
 
 def _stretches(graph: Graph) -> Iterator[list[Node]]:
@@ -195,7 +193,3 @@ def _likeness(nodes: Sequence[Node], inputs: Sequence[Node], weights: Sequence[N
 
     kinds = [f"{value.dtype} {[named(size) for size in (*value.shape, *value.stride())]}" for value in values]
     return "\n".join([*kinds, str(len(inputs)), *calls, *(names[node] for node in outputs)])
-
-
-def _example_size(size: int | torch.SymInt) -> int:
-    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
