@@ -175,7 +175,7 @@ class TreeDecoding:
 
     def _drop_finished(self) -> None:
         # if all rows end together, the cache itself still holds them
-        if self._keeps_ended and not (self.batch.finished and not self.ended and self._verifier.is_even):
+        if self._keeps_ended and not (self.batch.finished and not self.ended and self._verifier.rows.slots.is_even):
             for row, place in self.batch.ended.items():  # before later steps drop or pad these rows
                 if row not in self.ended:
                     self.ended[row] = self._verifier.ended_row(place)

@@ -44,7 +44,7 @@ class PreallocatedLayer(DynamicLayer):
         """Append entries `[b, kv heads, t, hd]`, and return all keys and all values."""
         start, count = self.get_seq_length(), key_states.shape[-2]
         if not self.is_preallocated or self.buffer.size < start + count:
-            self.buffer.grow(start + count)
+            _allocate(self.buffer.layers, start + count)
         keys, values = self._own
         keys.narrow(2, start, count).copy_(key_states)  # a third of the time of an assignment to a slice
         values.narrow(2, start, count).copy_(value_states)
@@ -82,20 +82,16 @@ class SharedBuffer:
     """
 
     def __init__(self, layers: list[Any], size: int) -> None:
-        self._layers = layers
+        self.layers = layers
         self.size = size
         self.keys = _copied([layer.keys for layer in layers], size)
         self.values = _copied([layer.values for layer in layers], size)
         for layer, keys, values in zip(layers, self.keys, self.values, strict=True):
             layer.move_to(self, keys, values)
 
-    def grow(self, length: int) -> None:
-        """Move all layers to a new buffer for at least `length` positions (to several if layers' shapes differ)."""
-        _allocate(self._layers, length)
-
     def entries(self) -> list[Tensor] | None:
         """Return keys and values `[layers, b, kv heads, s, hd]`; `None` if a layer left the buffer or lengths vary."""
-        lengths = {layer.get_seq_length() if layer.is_preallocated else None for layer in self._layers}
+        lengths = {layer.get_seq_length() if layer.is_preallocated else None for layer in self.layers}
         if len(lengths) > 1 or None in lengths:
             return None
         (length,) = lengths

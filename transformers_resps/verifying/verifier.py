@@ -150,10 +150,6 @@ class Verifier(ABC):
     def target_entries(self) -> TargetEntries:
         """Return the cached keys and values. The newest tree must have been kept or undone."""
 
-    @property
-    def is_even(self) -> bool:
-        return len(set(self.rows.ends)) == 1
-
     def ended_row(self, row: int) -> EndedRow:
         """Copy one row's part of the cache, and the position of its next token."""
         return EndedRow(self._row_cache(row, self.rows.ends[row]), torch.tensor(self.rows.roots[row]).view(-1))

@@ -24,6 +24,7 @@ from ...compilation.native import attends_natively, bf16_block_attention
 from ..attention import GROUPED, STOCK, grouped_attention
 from ..lending import Change, lent
 from ..masks import AttentionPattern, additive
+from ..slots.texts import rounded_up
 
 
 INVARIANT = "resps_invariant"  # name of the attention implementation
@@ -66,7 +67,7 @@ class BlockLayout(NamedTuple):
         rows, count = depths.shape
         none = torch.zeros(rows, least, dtype=torch.long)
         groups, slots = (none[..., None].repeat(1, 1, size) for size in (_ROWS, BLOCK))
-        shared = _blocks(max(_rounded_up(int(roots.max()) + count, BLOCK), least * BLOCK), roots.device)
+        shared = _blocks(max(rounded_up(int(roots.max()) + count, BLOCK), least * BLOCK), roots.device)
         asked = none.new_full((least, rows, count), -1)
         return cls(shared, roots + depths + 1, torch.arange(count), groups, groups - 1, slots, none, asked)
 
@@ -103,7 +104,7 @@ class BlockLayout(NamedTuple):
         is_silent = ((level > block[:, None]) | is_silent[:, None]).flatten(1)  # [b, levels * n]
         cell = (path[:, None] * levels + level).flatten(1)  # index of a path's block
         members = (cell[..., None] == torch.arange(count * levels, device=cell.device)) & ~is_silent[..., None]
-        needed = _rounded_up(members.sum(dim=1), _ROWS)
+        needed = rounded_up(members.sum(dim=1), _ROWS)
         before = (needed.cumsum(dim=1) - needed).gather(1, cell)
         asked = before + members.cumsum(dim=1).gather(2, cell[..., None])[..., 0] - 1
         size = _ROWS * asking * levels
@@ -153,16 +154,12 @@ def _blocks(size: int, device: torch.device) -> Tensor:
     return torch.arange(size, device=device).view(-1, BLOCK)
 
 
-def _rounded_up(count: Any, step: int) -> Any:
-    return -(-count // step) * step
-
-
 def _filled_up(part: Tensor, dim: int) -> Tensor:
     """Repeat the last entry of dimension `dim` until the dimension's size is a multiple of `_MULTIPLE`."""
     count = part.shape[dim]
     if count % _MULTIPLE == 0:
         return part
-    return part.index_select(dim, torch.arange(_rounded_up(count, _MULTIPLE), device=part.device).clamp(max=count - 1))
+    return part.index_select(dim, torch.arange(rounded_up(count, _MULTIPLE), device=part.device).clamp(max=count - 1))
 
 
 class _QueryRows(NamedTuple):

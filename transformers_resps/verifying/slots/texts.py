@@ -14,6 +14,7 @@ from .buffers import SlotBuffers, filled, give_back, parts_of
 
 
 Row = TypeVar("Row")
+Count = TypeVar("Count", int, Tensor)
 Window = Callable[[int], int]
 
 
@@ -139,6 +140,6 @@ def with_rows(part: Tensor, count: int) -> Tensor:
     return torch.cat([part, part[-1:].expand(missing, *part.shape[1:])]) if missing else part
 
 
-def rounded_up(count: int, step: int) -> int:
+def rounded_up(count: Count, step: int) -> Count:
     """Round `count` up to a multiple of `step`."""
     return -(-count // step) * step

@@ -111,7 +111,7 @@ class SlotVerifier(Verifier):
 
     def unread_cache(self) -> Cache | None:
         """Return a cache that is filled when it is first read, or at the latest when a call overwrites the buffers."""
-        if not self._texts.count or not self.length or not self.is_even:
+        if not self._texts.count or not self.length or not self.rows.slots.is_even:
             return None
         cache, length, rows = self.forward.cache, self.length, slice(0, len(self.rows))
         mode = torch.is_inference_mode_enabled()  # the mode of this call, since the cache may be read in another
@@ -128,7 +128,7 @@ class SlotVerifier(Verifier):
 
     def close(self) -> None:
         """With `gives_back`, copy keys and values to the cache, unless rows differ in length, which no caller uses."""
-        if self._gives_back and self._texts.count and self.length and self.is_even:
+        if self._gives_back and self._texts.count and self.length and self.rows.slots.is_even:
             self._give_back(self.forward.cache, slice(0, len(self.rows)), self.length)
         super().close()
 
