@@ -168,7 +168,7 @@ def test_packed_nodes_get_the_logits_and_features_that_whole_trees_get(architect
     kept, buffers = torch.arange(5), buffers_of(target, pattern)
     packed_buffers = [part.clone() for part in buffers]
     logits, *features = SlotForward(target, pattern, [1])([*inputs, kept], buffers)
-    packed, given = SlotForward(target, pattern, None, packs_rows=True), [*inputs, PACKED, torch.arange(11)]
+    packed, given = SlotForward(target, pattern, None, packs_rows=True), [*inputs, torch.arange(11), PACKED]
     outputs = packed(given, packed_buffers)
     found, caught = outputs[0], packed.features(outputs, given, [1])
     start = 0
@@ -194,7 +194,7 @@ def test_nodes_that_are_not_computed_see_nothing(monkeypatch: pytest.MonkeyPatch
     target = Architecture("llama", {"num_hidden_layers": 1}).build("sdpa")
     pattern = SlotEngine().pattern(target)
     monkeypatch.setattr("transformers_resps.verifying.attention.attend", noted)
-    inputs = [*packed_inputs(), PACKED, torch.arange(11)]
+    inputs = [*packed_inputs(), torch.arange(11), PACKED]
     SlotForward(target, pattern, [], packs_rows=True)(inputs, buffers_of(target, pattern))
     sees = (masks[0] == 0).any(-1)[:, 0]
     assert sees.tolist() == [[node < size for node in range(5)] for size in (3, 5, 1)]
@@ -204,7 +204,7 @@ def test_code_of_packed_nodes_takes_any_number_of_them() -> None:
     target = Architecture("llama", {"num_hidden_layers": 1}).build("sdpa")
     pattern, inputs = SlotEngine().pattern(target), packed_inputs()
     forward = SlotForward(target, pattern, [], packs_rows=True)
-    tensors = [*inputs, PACKED, torch.tensor([2, 7, 8, 8]), *buffers_of(target, pattern)]
+    tensors = [*inputs, torch.tensor([2, 7, 8, 8]), PACKED, *buffers_of(target, pattern)]
     check_limits(forward, tensors, fixed=".")
 
 

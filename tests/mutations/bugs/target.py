@@ -101,15 +101,15 @@ def tell_no_positions(inputs: Function, self: Any, tokens: Tensor, mask: Any, po
 
 
 @bug("a prompt sees its padding", "verifying.slots.prompts:PartReader.inputs", PROMPTS)
-def see_the_padding(part_inputs: Function, self: Any, tokens: Tensor, start: int) -> Any:
-    inputs = part_inputs(self, tokens, start)
-    return inputs._replace(ancestors=torch.ones_like(inputs.ancestors).tril())
+def see_the_padding(part_inputs: Function, self: Any, tokens: Tensor, start: int) -> list[Tensor]:
+    padded, depths, ancestors, *others = part_inputs(self, tokens, start)
+    return [padded, depths, torch.ones_like(ancestors).tril(), *others]
 
 
 @bug("every part begins at slot 0", "verifying.slots.prompts:PartReader.inputs", PROMPTS)
-def stand_at_the_beginning(part_inputs: Function, self: Any, tokens: Tensor, start: int) -> Any:
-    inputs = part_inputs(self, tokens, start)
-    return inputs._replace(roots=inputs.roots - start)
+def stand_at_the_beginning(part_inputs: Function, self: Any, tokens: Tensor, start: int) -> list[Tensor]:
+    padded, depths, ancestors, roots, *others = part_inputs(self, tokens, start)
+    return [padded, depths, ancestors, roots - start, *others]
 
 
 def line(words: str, before: str, after: str, tests: str) -> Mutation:

@@ -18,7 +18,7 @@ from .buffers import SlotLayer, row_index
 
 
 class _PackedSlotLayer(SlotLayer):
-    """A `SlotLayer` for `PackedInputs`: `written` `[2, r]` holds the slots and batch rows of the r packed nodes."""
+    """A `SlotLayer` for packed nodes: `written` `[2, r]` holds the slots and batch rows of the r packed nodes."""
 
     def _write(self, buffer: Tensor, states: Tensor) -> None:
         slots, rows = self._written
@@ -33,25 +33,13 @@ class SlotInputs(NamedTuple):
     ancestors: Tensor  # [b, n, n] bool, see `DraftTree`
     roots: Tensor  # [b, 1 + planes], the root's index in the text, then its position ids
     seen: Tensor  # [b, slots], false where a slot holds padding
-    kept: Tensor  # [k], the nodes whose logits are computed, in this order
+    kept: Tensor  # [k], the nodes whose logits are computed, in this order; indices in `packed` if there is one
+    packed: Tensor | None = None  # [r], the only nodes to compute, among the `b * n` of all rows; `None` for all
 
 
-class PackedInputs(NamedTuple):
-    """Like `SlotInputs`, but the forward computes only the nodes in `packed`: real nodes, not the padding of trees."""
-
-    tokens: Tensor
-    depths: Tensor
-    ancestors: Tensor
-    roots: Tensor
-    seen: Tensor
-    packed: Tensor  # [r], indices of the computed nodes among the `b * n` of all rows
-    kept: Tensor  # [k], indices in `packed` of the nodes whose logits are computed
-
-
-PACKED_STEPS = "packed steps"  # `kind` of forwards over `PackedInputs`
+PACKED_STEPS = "packed steps"  # `kind` of forwards over packed nodes
 # For each input a character per dimension: a dot if its size is fixed, else a letter (b is fixed except in batches).
 _SIZES = ("bn", "bn", "bnn", "b.", "bs", "k")
-_PACKED_SIZES = ("bn", "bn", "bnn", "b.", "bs", "r", "k")
 
 
 class SlotForward:
@@ -80,9 +68,8 @@ class SlotForward:
         bits: int = 16,
     ) -> None:
         self.target, self.feature_layers, self.options, self.bits = target, feature_layers, options, bits
-        self._inputs: type[SlotInputs] | type[PackedInputs] = PackedInputs if packs_rows else SlotInputs
         if packs_rows:
-            self.kind, self.sizes, self.layer = PACKED_STEPS, _PACKED_SIZES, _PackedSlotLayer
+            self.kind, self.sizes, self.layer = PACKED_STEPS, (*_SIZES, "r"), _PackedSlotLayer
         if bits < 16:
             self.kind = f"steps of {bits} bits"
         self._last = target.config.get_text_config().num_hidden_layers
@@ -91,10 +78,9 @@ class SlotForward:
         self.patterns = attention_patterns(target.config, cache)
 
     def function(self, *given: Tensor) -> tuple[Tensor, ...]:
-        """Run the target over `given` (`SlotInputs` or `PackedInputs`, buffers); return logits, then hidden states."""
-        count = len(self._inputs._fields)
-        inputs, buffers = self._inputs(*given[:count]), given[count:]
-        nodes = PackedNodes(inputs.packed, *inputs.tokens.shape) if isinstance(inputs, PackedInputs) else None
+        """Run the target over `given` (tensors of `SlotInputs`, buffers); return logits, then hidden states."""
+        inputs, buffers = SlotInputs(*given[: len(self.sizes)]), given[len(self.sizes) :]
+        nodes = None if inputs.packed is None else PackedNodes(inputs.packed, *inputs.tokens.shape)
         are_computed = None if nodes is None else nodes.are_computed
         slots, masks = _laid_out(inputs, self.patterns, self.target.dtype, are_computed)
         tokens, positions = inputs.tokens, node_positions(inputs.roots[:, 1:], inputs.depths)
@@ -107,10 +93,9 @@ class SlotForward:
     def features(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], layers: list[int]) -> dict[int, Tensor]:
         """Pick the hidden states `[b, n, h]` of `layers` from the `outputs` of `function` for `inputs`."""
         caught = {layer: outputs[1 + self.places.index(min(layer, self._last))] for layer in layers}
-        if self._inputs is SlotInputs:
+        if self.kind != PACKED_STEPS:
             return caught
-        given = PackedInputs(*inputs)
-        nodes = PackedNodes(given.packed, *given.tokens.shape)
+        nodes = PackedNodes(inputs[-1], *inputs[0].shape)
         return {layer: nodes.apart(states) for layer, states in caught.items()}
 
     def noted(self, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -126,7 +111,7 @@ class SlotForward:
     def __call__(self, inputs: Sequence[Tensor], buffers: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Run the function eagerly; return logits `[b, k, v]`, then each feature layer's hidden states `[b, n, h]`.
 
-        For `PackedInputs` they are `[1, k, v]` and `[1, r, h]`. The nodes' keys and values are written to `buffers`:
+        For packed nodes they are `[1, k, v]` and `[1, r, h]`. The nodes' keys and values are written to `buffers`:
         each layer's keys, then values, `[b, kv heads, slots, hd]`.
         """
         with self.running():
@@ -152,7 +137,7 @@ class HybridForward(SlotForward):
 
         Returns logits, hidden states, and the tensors for `StateKinds.advance`.
         """
-        inputs, parts = SlotInputs(*given[: len(SlotInputs._fields)]), given[len(SlotInputs._fields) :]
+        inputs, parts = SlotInputs(*given[: len(_SIZES)]), given[len(_SIZES) :]
         count = len(self.states.sizes)
         slots, masks = _laid_out(inputs, self.patterns, self.target.dtype)
         tree = WholeTree(inputs.depths, inputs.ancestors, self.states.by_layer(parts[:count]))
@@ -185,7 +170,7 @@ def steps_kind(target: PreTrainedModel, *, is_batch: bool) -> str:
 
 
 def _laid_out(
-    inputs: SlotInputs | PackedInputs,
+    inputs: SlotInputs,
     patterns: Mapping[str | None, AttentionPattern | None],
     dtype: torch.dtype,
     are_computed: Tensor | None = None,

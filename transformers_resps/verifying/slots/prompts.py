@@ -9,7 +9,6 @@ from ..hybrids import is_recurrent
 from ..masks import longrope_boundary
 from ..rows import RowEnds
 from ..verifier import read_in_chunks
-from .forwards import PackedInputs, SlotInputs
 from .steps import SlotSteps, apart
 from .texts import SlotTexts, filled_up, rounded_up
 
@@ -56,8 +55,8 @@ class PartReader:
         read = {layer: states[:, : tokens.shape[1]] for layer, states in caught[0].items()}
         return logits, Features(layers, read)
 
-    def inputs(self, tokens: Tensor, start: int) -> SlotInputs | PackedInputs:
-        """Make inputs for a part `[b, t]` of a prompt from position `start` on; only its last token gets logits."""
+    def inputs(self, tokens: Tensor, start: int) -> list[Tensor]:
+        """Make `SlotInputs` for a prompt's part `[b, t]` from position `start` on; only its last token gets logits."""
         ends, visible = self._texts.rows, self._texts.visible
         rows, width = tokens.shape
         count = apart(rounded_up(width, _PART_STEP), rows)
@@ -71,11 +70,11 @@ class PartReader:
         roots = torch.tensor([[start, *(start + shift for shift in shifts)] for shifts in ends.shifts])
         given = pad(tokens, (0, count - width)), depths, ancestors, roots, seen
         if not self._steps.pricing.packs_rows:
-            return SlotInputs(*given, torch.full((apart(2, rows),), width - 1))
+            return [*given, torch.full((apart(2, rows),), width - 1)]
         read = seen[:, start : start + count].clone()
         read[:, width - 1 :] = torch.arange(count - width + 1) == 0
         packed = read.flatten().nonzero().flatten().tolist()
         last = [end - 1 for end in read.sum(dim=1).cumsum(dim=0).tolist()]
         packed = filled_up(packed, apart(rounded_up(len(packed), _PACKED_STEP), rows, count))
         kept = filled_up(last, apart(rows + 1, count, len(packed)))
-        return PackedInputs(*given, torch.tensor(packed), torch.tensor(kept))
+        return [*given, torch.tensor(kept), torch.tensor(packed)]

@@ -14,7 +14,7 @@ from ...tree import DraftTree, Pricing
 from ..forward import Features, TargetForward
 from ..hybrids import StateKinds, is_recurrent
 from .engine import LEAST_ROWS, SlotEngine, padded_count
-from .forwards import HybridForward, PackedInputs, SlotForward, SlotInputs, packs_rows
+from .forwards import HybridForward, SlotForward, packs_rows
 from .texts import SlotTexts, filled_up
 
 
@@ -89,7 +89,7 @@ class SlotSteps(VerifyingSteps):
         return _unpacked(logits[0], tree) if self.pricing.packs_rows else logits, features
 
     def run(self, inputs: Sequence[Tensor]) -> tuple[Tensor, Features]:
-        """Run the target over `SlotInputs`, or `PackedInputs` if `pricing.packs_rows`; return logits and features."""
+        """Run the target over tensors of `SlotInputs`, packed if `pricing.packs_rows`; return logits and features."""
         states = () if self.states is None else self.states.tensors
         given, buffers = [*inputs, *states], self._texts.buffers.parts()
         if self._engine is None:
@@ -101,8 +101,8 @@ class SlotSteps(VerifyingSteps):
         layers = self._forward.layers
         return outputs[0], Features(layers, self._over_slots.features(outputs, inputs, layers))
 
-    def _inputs(self, tree: DraftTree) -> SlotInputs | PackedInputs:
-        """Make the inputs of a forward over `tree`, padded to the number of the buffers' rows and to few sizes."""
+    def _inputs(self, tree: DraftTree) -> list[Tensor]:
+        """Make `SlotInputs` for a forward over `tree`, padded to the number of the buffers' rows and to few sizes."""
         texts, device = self._texts, self._texts.rows.device
         beside = LEAST_ROWS if self.pricing.packs_rows else texts.count
         count = self._apart(padded_count(device, tree.node_count, beside))
@@ -110,11 +110,11 @@ class SlotSteps(VerifyingSteps):
         if not self.pricing.packs_rows:
             least = self._apart(padded_count(device, 1, texts.count))
             self.pricing = self.pricing._replace(least_nodes=least)
-            return SlotInputs(*nodes, seen, texts.first(count))
+            return [*nodes, seen, texts.first(count)]
         packed = [row * count + node for row, own in enumerate(tree.row_sizes) for node in range(own)]
         self.pricing = self.pricing._replace(least_nodes=1 + max(LEAST_ROWS - len(tree.tokens), 0))
         packed = filled_up(packed, self._apart(max(len(packed), LEAST_ROWS), count))
-        return PackedInputs(*nodes, seen, torch.tensor(packed), texts.first(len(packed)))
+        return [*nodes, seen, texts.first(len(packed)), torch.tensor(packed)]
 
     def _apart(self, count: int, *others: int) -> int:
         """Return `count` or, if the forward may be compiled now, the next size unlike `others` and the row count."""
@@ -140,7 +140,7 @@ class RoundedSteps:
         count = apart(padded_count(texts.rows.device, 1, texts.count), texts.count)
         ids, depths, ancestors, roots = texts.nodes(DraftTree.root_only(tokens), count)
         seen = texts.visible(texts.reserve(max(texts.places) + level + count))
-        given = SlotInputs(ids, depths, ancestors, roots + level, seen, texts.first(count))
+        given = [ids, depths, ancestors, roots + level, seen, texts.first(count)]
         logits, *_ = self._engine.forward(self._over_slots, given, texts.buffers.parts())
         self._compile_seconds += self._engine.take_compile_seconds()
         return logits[:rows, 0].float()
