@@ -14,33 +14,15 @@ from ..tree import DraftTree
 # Names of Transformers' processors without a state: their result for a row depends on its scores and text alone.
 # SynthID and guidance keep a state, prefix constraints read the row's number.
 _READ_SCORES = frozenset(  # these read scores alone
-    (
-        "TemperatureLogitsWarper",
-        "TopPLogitsWarper",
-        "TopKLogitsWarper",
-        "TopHLogitsWarper",
-        "MinPLogitsWarper",
-        "TypicalLogitsWarper",
-        "EpsilonLogitsWarper",
-        "EtaLogitsWarper",
-        "InfNanRemoveLogitsProcessor",
-        "SuppressTokensLogitsProcessor",
-        "LogitNormalization",
-    )
+    ("TemperatureLogitsWarper", "TopPLogitsWarper", "TopKLogitsWarper", "TopHLogitsWarper", "MinPLogitsWarper")
+    + ("TypicalLogitsWarper", "EpsilonLogitsWarper", "EtaLogitsWarper", "InfNanRemoveLogitsProcessor")
+    + ("SuppressTokensLogitsProcessor", "LogitNormalization")
 )
 _READ_TEXTS = frozenset(  # these also read the text, or its length
-    (
-        "MinLengthLogitsProcessor",
-        "MinNewTokensLengthLogitsProcessor",
-        "RepetitionPenaltyLogitsProcessor",
-        "NoRepeatNGramLogitsProcessor",
-        "SequenceBiasLogitsProcessor",
-        "NoBadWordsLogitsProcessor",
-        "ForcedBOSTokenLogitsProcessor",
-        "ForcedEOSTokenLogitsProcessor",
-        "SuppressTokensAtBeginLogitsProcessor",
-        "ExponentialDecayLengthPenalty",
-    )
+    ("MinLengthLogitsProcessor", "MinNewTokensLengthLogitsProcessor", "RepetitionPenaltyLogitsProcessor")
+    + ("NoRepeatNGramLogitsProcessor", "SequenceBiasLogitsProcessor", "NoBadWordsLogitsProcessor")
+    + ("ForcedBOSTokenLogitsProcessor", "ForcedEOSTokenLogitsProcessor", "SuppressTokensAtBeginLogitsProcessor")
+    + ("ExponentialDecayLengthPenalty",)
 )
 # Stateless too, but it copies each text to the host, which would take time for rejected nodes.
 _READ_TEXTS_ON_HOST = frozenset({"WatermarkLogitsProcessor"})

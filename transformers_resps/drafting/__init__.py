@@ -6,21 +6,6 @@ from .source import DraftCall, DraftSource, FileReading, LevelSource, TrainableS
 from .step_model import ALL, Places, StepModel, TrainableModel, Wanted, at_wanted
 
 
-__all__ = [
-    "ALL",
-    "Committed",
-    "DraftCache",
-    "DraftCall",
-    "DraftRequest",
-    "DraftSource",
-    "Drafter",
-    "Entries",
-    "FileReading",
-    "LevelSource",
-    "Places",
-    "StepModel",
-    "TrainableModel",
-    "TrainableSource",
-    "Wanted",
-    "at_wanted",
-]
+__all__ = ["ALL", "Committed", "DraftCache", "DraftCall", "DraftRequest", "DraftSource", "Drafter", "Entries"]
+__all__ += ["FileReading", "LevelSource", "Places", "StepModel", "TrainableModel", "TrainableSource", "Wanted"]
+__all__ += ["at_wanted"]

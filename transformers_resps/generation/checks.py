@@ -47,18 +47,9 @@ from .keywords import AUTO, PLAIN, Keywords, is_name
 _SETTINGS: dict[str, Callable[[Any], bool]] = {
     "num_beams": lambda value: value > 1,
     "num_beam_groups": lambda value: value > 1,
-    "constraints": bool,
-    "force_words_ids": bool,
-    "penalty_alpha": bool,
-    "dola_layers": bool,
-    "token_healing": bool,
-    "prompt_lookup_num_tokens": bool,
-    "assistant_early_exit": bool,
-    "use_mtp": bool,
-    "speculation_type": bool,
-    "assistant_ensemble_weight": bool,
-    "output_attentions": bool,
-    "output_hidden_states": bool,
+    **dict.fromkeys(("constraints", "force_words_ids", "penalty_alpha", "dola_layers", "token_healing"), bool),
+    **dict.fromkeys(("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp", "speculation_type"), bool),
+    **dict.fromkeys(("assistant_ensemble_weight", "output_attentions", "output_hidden_states"), bool),
     "return_token_timestamps": bool,
     "prefill_chunk_size": lambda value: value < 0,
 }
@@ -74,26 +65,12 @@ _CARRIED = {"attention_mask", "position_ids", "use_cache", "logits_to_keep", CAC
 NEVER_READ = frozenset(("labels", "output_router_logits"))
 # Arguments for a prompt's images, videos, sounds and embeddings. Transformers passes none of them for new
 # tokens.
-PROMPT_ARGUMENTS = frozenset(MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL) | {
-    "audio_feature_lengths",
-    "batch_num_images",
-    "feature_attention_mask",
-    "image_grid_hws",
-    "image_grid_thw",
-    "image_merge_sizes",
-    "image_position_ids",
-    "inputs_embeds",
-    "mm_token_type_ids",
-    "moe_mm_token_type_ids",
-    "second_per_grid_ts",
-    "spatial_shapes",
-    "token_type_ids",
-    "use_audio_in_video",
-    "video_grid_thw",
-    "video_merge_sizes",
-    "video_position_ids",
-    "video_second_per_grid",
-}
+PROMPT_ARGUMENTS = frozenset(MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL).union(
+    ("audio_feature_lengths", "batch_num_images", "feature_attention_mask", "image_grid_hws", "image_grid_thw"),
+    ("image_merge_sizes", "image_position_ids", "inputs_embeds", "mm_token_type_ids", "moe_mm_token_type_ids"),
+    ("second_per_grid_ts", "spatial_shapes", "token_type_ids", "use_audio_in_video", "video_grid_thw"),
+    ("video_merge_sizes", "video_position_ids", "video_second_per_grid"),
+)
 _MEDIA = ("image", "video", "audio", "vision")
 # The subset of `PROMPT_ARGUMENTS` that holds the images, videos and sounds themselves.
 _PIXELS = tuple(
