@@ -622,12 +622,6 @@ def check_static(target: PreTrainedModel) -> None:
         )
 
 
-def check_compiles(obstacle: str | None) -> None:
-    """Raise if `obstacle` says why an invariant call cannot run compiled: eager steps would round differently."""
-    if obstacle is not None:
-        raise ValueError(f"`compile=True` with `invariant=True` cannot run: {obstacle}. Leave out `compile`.")
-
-
 def check_needs_compiled(sources: Sequence[DraftSource], why_eager: str | None) -> None:
     """Raise if a source can draft only while steps run compiled, and `why_eager` says why they do not."""
     if why_eager is not None and any(source.needs_compiled for source in sources):
@@ -635,12 +629,6 @@ def check_needs_compiled(sources: Sequence[DraftSource], why_eager: str | None) 
             f"`assistant_model='self'` drafts with compiled code, and steps are not compiled here: {why_eager}. Pass "
             "`compile=True`, or another assistant."
         )
-
-
-def check_lockstep(lockstep: bool | None, reason: str | None) -> None:
-    """Raise for `lockstep=False` if this call must decode all rows in lockstep; `reason` says why, or is `None`."""
-    if lockstep is False and reason is not None:
-        raise ValueError(f"`lockstep=False` does not work with {reason}. Leave out `lockstep`, or what requires it.")
 
 
 # Before and after Transformers prepares the call

@@ -36,10 +36,8 @@ from ..verifying.slots.verifier import SlotMode
 from ..verifying.verifier import VerifyingMode
 from .checks import (
     NEVER_READ,
-    check_compiles,
     check_forward_arguments,
     check_lengths,
-    check_lockstep,
     check_needs_compiled,
     check_room,
     check_static,
@@ -296,7 +294,8 @@ def plan(request: Request, prepared: Prepared, state: SpeculationState) -> Plan:
     stock_reads = _has_to_read(prepared)
     mode: VerifyingMode = GrowingMode()
     if request.invariant:
-        check_compiles(why_eager if warns else None)
+        if warns:  # eager steps would round differently
+            raise ValueError(f"`compile=True` with `invariant=True` cannot run: {why_eager}. Leave out `compile`.")
         mode = state.invariant_calls.mode(target, compiles=why_eager is None)
     elif why_eager is None or (is_static and gives_hidden_states(target, forward.layers)):
         options = prepared.config.compile_config
@@ -388,7 +387,8 @@ def is_lockstep(lockstep: bool | None, do_sample: bool, reason: str | None) -> b
 
     With `lockstep=None` only sampled rows do so, since plain sampling draws random numbers for all rows together.
     """
-    check_lockstep(lockstep, reason)
+    if lockstep is False and reason is not None:
+        raise ValueError(f"`lockstep=False` does not work with {reason}. Leave out `lockstep`, or what requires it.")
     return reason is not None or (do_sample if lockstep is None else lockstep)
 
 
@@ -402,9 +402,8 @@ def _lockstep_reason(prepared: Prepared) -> str | None:
             return f"the logits processor {type(processor).__name__}, which may look at all rows at once"
     kinds = {type(criterion).__name__ for criterion in prepared.stopping_criteria}
     for criterion in prepared.stopping_criteria:
-        kind = type(criterion)
-        if kind.__name__ not in _CRITERIA_BY_ROW or not kind.__module__.startswith("transformers.generation."):
-            return f"the stopping criterion {kind.__name__}, which may look at all rows at once"
+        if not is_stateless(criterion, _CRITERIA_BY_ROW):
+            return f"the stopping criterion {type(criterion).__name__}, which may look at all rows at once"
     if "EosTokenCriteria" not in kinds and kinds != {"MaxLengthCriteria"}:
         return "stopping criteria without an end token, after which finished rows go on"
     asked = {
