@@ -55,10 +55,11 @@ class Acceptance:
     @classmethod
     def of_picks(cls, picks: "Picks", paths: list[list[int]], picked: list[list[int]]) -> "Acceptance":
         """Make an `Acceptance` from each row's kept nodes and picked tokens; copy nothing if `picks` has `tokens`."""
+        device = picks.logits.device
         if picks.tokens is None:
-            return cls.from_rows(paths, picked, picks.device)
+            return cls.from_rows(paths, picked, device)
         emitted = list(map(len, paths))
-        order = torch.arange(picks.tokens.shape[1], device=picks.device)
+        order = torch.arange(picks.tokens.shape[1], device=device)
         front = list(range(max(emitted)))
         if all(path == front for path in paths):
             path, tokens = order[: len(front)].expand(len(paths), -1), picks.tokens[:, : len(front)]
@@ -180,25 +181,16 @@ def _filled(rows: list[list[int]]) -> list[list[int]]:
     return [row + row[-1:] * (longest - len(row)) for row in rows]
 
 
+@dataclass(frozen=True, slots=True)
 class Picks:
     """The token that the target picks at each node of a tree: known for all nodes, or picked when `at` is called."""
 
-    def __init__(
-        self,
-        children: list[dict[tuple[int, int], int]],
-        rows: list[list[int]] | None,
-        logits: Tensor,
-        tokens: Tensor | None = None,
-        processed: "ProcessedPicks | None" = None,
-        pick: Callable[[Tensor], Tensor] | None = None,
-    ) -> None:
-        self.children = children  # see `DraftTree.children`
-        self.tokens = tokens  # `rows` on the target's device, [b, n]; `None` if `at` picks
-        self.processed = processed  # scores and random numbers; `None` if the tokens are the argmax of `logits`
-        self.device = logits.device
-        self._rows = rows  # the token of each row at every node; `None` if `at` picks them when called
-        self._logits = logits  # [b, n, v]
-        self._pick = pick  # maps logits [r, v] of r nodes to tokens [r]; `None`: the argmax
+    children: list[dict[tuple[int, int], int]]  # see `DraftTree.children`
+    rows: list[list[int]] | None  # the token of each row at every node; `None` if `at` picks them when called
+    logits: Tensor  # [b, n, v]
+    tokens: Tensor | None = None  # `rows` on the target's device, [b, n]; `None` if `at` picks
+    processed: "ProcessedPicks | None" = None  # scores and random numbers; `None` if tokens are the argmax of `logits`
+    pick: Callable[[Tensor], Tensor] | None = None  # maps logits [r, v] of r nodes to tokens [r]; `None`: the argmax
 
     @classmethod
     def read(cls, tree: DraftTree, logits: Tensor, processed: "ProcessedPicks | None" = None) -> "Picks":
@@ -212,10 +204,10 @@ class Picks:
 
     def at(self, rows: list[int], nodes: list[int]) -> list[int]:
         """Return the token picked at `nodes[i]` of `rows[i]`, for each i."""
-        if self._rows is not None:
-            return [self._rows[row][node] for row, node in zip(rows, nodes, strict=True)]
-        logits = logits_at(rows, nodes, self._logits)
-        return (_largest(logits) if self._pick is None else self._pick(logits)).tolist()
+        if self.rows is not None:
+            return [self.rows[row][node] for row, node in zip(rows, nodes, strict=True)]
+        logits = logits_at(rows, nodes, self.logits)
+        return (_largest(logits) if self.pick is None else self.pick(logits)).tolist()
 
 
 @dataclass(frozen=True, slots=True)
