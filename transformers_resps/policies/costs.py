@@ -126,16 +126,10 @@ class CostTable(CostModel):
         """Load a saved table; raises `ValueError` if the file cannot be read or is no table."""
         try:
             saved = json.loads(Path(path).read_text(encoding="utf-8"))
-            rows: dict[str, Any] = {name: _row(saved.get(name, {})) for name in ("plain", "draft_start")}
-            rows |= {name: _ranges(saved.get(name, {})) for name in ("draft_range", "plain_range")}
-            return cls(
-                verify={int(context): _row(row) for context, row in saved["verify"].items()},
-                draft=_row(saved["draft"]),
-                identity=dict(saved["identity"]),
-                overhead=float(saved.get("overhead", 0.0)),
-                verify_range={int(context): _ranges(row) for context, row in saved.get("verify_range", {}).items()},
-                **rows,
-            )
+            optional = ("plain", "verify_range", "draft_range", "plain_range", "draft_start")
+            rows: dict[str, Any] = {name: _numbered(saved.get(name, {})) for name in optional}
+            needed = _numbered(saved["verify"]), _numbered(saved["draft"]), dict(saved["identity"])
+            return cls(*needed, float(saved.get("overhead", 0.0)), **rows)
         except OSError as error:
             raise ValueError(
                 f"The cost table {path} cannot be read ({error}). Check the path, or run `calibrate(model, head)`."
@@ -147,12 +141,14 @@ class CostTable(CostModel):
             ) from error
 
 
-def _row(saved: dict[str, Any]) -> dict[int, float]:
-    return {int(size): float(seconds) for size, seconds in saved.items()}
-
-
-def _ranges(saved: dict[str, Any]) -> dict[int, Range]:
-    return {int(size): (float(low), float(high)) for size, (low, high) in saved.items()}
+def _numbered(saved: Any) -> Any:
+    """Convert a row from JSON, where keys are strings: sizes to integers, costs to floats, ranges to tuples."""
+    if isinstance(saved, dict):
+        return {int(size): _numbered(part) for size, part in saved.items()}
+    if not isinstance(saved, list):
+        return float(saved)
+    low, high = map(float, saved)
+    return low, high
 
 
 def _first_levels(draft: Any, start: Any) -> Any:
