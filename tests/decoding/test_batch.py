@@ -14,7 +14,7 @@ from tests.targets import ARCHITECTURES, VOCABULARY, Architecture
 from tests.tokenizers import letter_tokenizer
 from transformers_resps import DraftHead, FixedPolicy, Observation, TreeShape, attach
 from transformers_resps.decoding.text import Batch
-from transformers_resps.drafting.prompt_lookup import mean_odds
+from transformers_resps.policies.base import mean_odds
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids=str)

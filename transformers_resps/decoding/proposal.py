@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ..drafting.drafter import Committed, Drafter, DraftRequest
 from ..drafting.engine import MAX_UNREAD
-from ..drafting.prompt_lookup import LookupDrafter, mean_odds
-from ..policies.base import Level, Observation, Policy, choose_shape, count_nodes, wants_level
+from ..drafting.prompt_lookup import LookupDrafter
+from ..policies.base import Level, Observation, Policy, choose_shape, count_nodes, mean_odds, wants_level
 from ..telemetry import Proposed
 from ..tree import CandidatePool, DraftTree, Pricing, TreeShape
 

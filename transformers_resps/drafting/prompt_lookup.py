@@ -5,9 +5,7 @@ The index of the text grows with the text and is never rebuilt. A query takes mi
 
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import zip_longest
 from math import log
-from operator import mul
 from typing import TYPE_CHECKING
 
 import torch
@@ -178,9 +176,3 @@ class LookupDrafter(Drafter):
         self._lookups = [self._lookups[row] for row in rows]
         self._pads = [self._pads[row] for row in rows]
         self._origins = [self._origins[row] for row in rows]
-
-
-def mean_odds(rows: Sequence[Sequence[float]], row_weights: Sequence[float]) -> list[float]:
-    """Average over rows, weighted by `row_weights`, the odds of their best nodes, of their second-best, and so on."""
-    columns = zip_longest(*rows, fillvalue=0.0)
-    return [sum(map(mul, row_weights, chances)) / len(rows) for chances in columns]

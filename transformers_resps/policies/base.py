@@ -6,7 +6,8 @@ A policy gets trees and records, never a head or a model, so it works with any d
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from operator import attrgetter
+from itertools import zip_longest
+from operator import attrgetter, mul
 from typing import Any, cast
 
 from torch import Tensor
@@ -235,6 +236,14 @@ def choose_shape(policy: Policy, observation: Observation, proposable_tokens: in
             f"candidates and {MAX_NODES} nodes. Return a smaller shape from `choose`; published trees have 60 nodes."
         )
     return shape
+
+
+def mean_odds(rows: list[list[float]], row_weights: Sequence[float]) -> list[float]:
+    """Average the rows' lists entry by entry; missing entries count as 0, and no `row_weights` as equal ones."""
+    if len(rows) == 1:
+        return rows[0]
+    weights = row_weights or [1.0] * len(rows)
+    return [sum(map(mul, weights, column)) / len(rows) for column in zip_longest(*rows, fillvalue=0.0)]
 
 
 def ask_shape(policy: Policy, observation: Observation) -> TreeShape:

@@ -12,9 +12,9 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate, pairwise, zip_longest
+from itertools import accumulate, pairwise
 from math import inf
-from operator import itemgetter, mul
+from operator import itemgetter
 from typing import Any, Self
 
 from torch import Tensor, cat, tensor
@@ -22,7 +22,7 @@ from torch import Tensor, cat, tensor
 from ..telemetry.report import StepRecord
 from ..tree import TreeShape
 from .acceptance_model import AcceptanceModel, PlattScaling
-from .base import MAX_NODES, Identity, Level, Observation, Trials, check_identity_values
+from .base import MAX_NODES, Identity, Level, Observation, Trials, check_identity_values, mean_odds
 from .costs import RunningCosts
 from .saving import SavedPolicy, check_known
 
@@ -391,18 +391,11 @@ class _Step:
 
     def apart(self, rows: list[list[float]]) -> list[list[float]]:
         """Return each row's probabilities if the batch is ragged, else their mean over rows as the only entry."""
-        return rows if self.is_ragged else [self.mean(rows)]
+        return rows if self.is_ragged else [mean_odds(rows, self.row_weights)]
 
     def worth(self, rows: list[list[float]], factors: list[float]) -> list[tuple[float, int]]:
         """Return (expected tokens, row) of each node: its probability in `rows` times its row's entry in `factors`."""
         return [(factor * prob, row) for row, factor in enumerate(factors) for prob in rows[row]]
-
-    def mean(self, rows: list[list[float]]) -> list[float]:
-        """Average the rows' lists entry by entry, weighted by `row_weights`; missing entries count as 0."""
-        if len(rows) == 1:
-            return rows[0]
-        weights = self.row_weights or [1.0] * len(rows)
-        return [sum(map(mul, weights, column)) / len(rows) for column in zip_longest(*rows, fillvalue=0.0)]
 
 
 def best_prefix(seconds: Sequence[float], worth: Sequence[float], rate: float) -> tuple[int, float]:
