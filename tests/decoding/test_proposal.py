@@ -44,7 +44,7 @@ def proposer_of(policy: Policy, drafter: Drafter | None, tokens: list[int]) -> P
     """After it has observed a prompt."""
     made = Proposer(policy, drafter, OneRow(), LookupDrafter([0]))
     committed = Committed(torch.tensor([tokens]), torch.arange(len(tokens) - 1)[None, :, None])
-    made.update(torch.zeros(1, 1, 0), 0, committed)
+    made.update(committed)
     return made
 
 

@@ -12,7 +12,7 @@ from ..drafting.drafter import Committed, Drafter
 from ..drafting.prompt_lookup import LookupDrafter
 from ..policies.base import Policy
 from ..telemetry import RowCounts, SpeculationReport, StepRecord
-from ..tree import CandidatePool, DraftTree
+from ..tree import CandidatePool, DraftTree, TreeShape
 from ..verifying.forward import Features, wait_for
 from ..verifying.returned import EndedRow
 from ..verifying.verifier import Verifier
@@ -74,13 +74,13 @@ class TreeDecoding:
         """Run step 0: call `read`, a function like `Verifier.prefill`, with the prompt, and append the first token."""
         self._clock.start()
         logits, features = read(self.batch.input_ids)
-        proposal = Proposal.plain(self._root)
+        proposal = Proposal(TreeShape.plain(), DraftTree.root_only(self._root))
         picks = self._read_picks(proposal.tree, logits[:, -1:])
         self._clock.lap("verify")
         self._leave_out_compiling()
         acceptance = self._accept(proposal.tree, logits[:, -1:], picks)
         if not self.batch.finished:
-            self._read_prompt(logits[:, -1:], features)
+            self._read_prompt(features)
         self._drop_finished()
         self._record(proposal, acceptance)
 
@@ -105,13 +105,13 @@ class TreeDecoding:
         self.policy.on_verified(tree, acceptance.path, acceptance.tokens)
         self.policy.observe(record)
 
-    def _read_prompt(self, logits: Tensor, features: list[Features]) -> None:
+    def _read_prompt(self, features: list[Features]) -> None:
         self._clock.lap("rest")
         states = None
         if self._reads_features:
             states = torch.cat([caught.concatenated() for caught in features], dim=1)
             states = states[:, -self.batch.length :]  # embeddings in the prompt have no token ids
-        self._proposer.update(logits, 0, Committed(self.batch.input_ids, states))
+        self._proposer.update(Committed(self.batch.input_ids, states))
         self._proposer.read_prompt()
         if states is not None:
             wait_for(states)
@@ -170,8 +170,7 @@ class TreeDecoding:
                 states = states[:, : path.shape[1]]
             else:
                 states = states.gather(1, path.to(states.device)[..., None].expand(-1, -1, states.shape[-1]))
-        matches = max(acceptance.counts) - 1
-        self._proposer.update(logits, matches, Committed(acceptance.tokens, states, acceptance.picks, tree))
+        self._proposer.update(Committed(acceptance.tokens, states, acceptance.picks, tree, logits))
 
     def _drop_finished(self) -> None:
         # if all rows end together, the cache itself still holds them

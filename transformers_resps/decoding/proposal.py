@@ -12,7 +12,7 @@ from ..drafting.engine import MAX_UNREAD
 from ..drafting.prompt_lookup import LookupDrafter
 from ..policies.base import Level, Observation, Policy, choose_shape, count_nodes, mean_odds, wants_level
 from ..telemetry import Proposed
-from ..tree import CandidatePool, DraftTree, Pricing, TreeShape
+from ..tree import DRAFTED, CandidatePool, DraftTree, Pricing, TreeShape
 
 
 class DecodedRows(Protocol):
@@ -46,14 +46,7 @@ class Proposal:
         """Count the drafted nodes of `paths` (root first) by who proposed them, in rows where `gained` is true."""
         accepted = [(row, node) for row, path in enumerate(paths) if gained[row] for node in path[1:]]
         flags = self.tree.proposers
-        if not flags:
-            return Proposed(drafter=len(accepted))
-        return Proposed.of([flags[row][node] for row, node in accepted])
-
-    @classmethod
-    def plain(cls, root: Tensor) -> "Proposal":
-        """Make a proposal whose tree has only the root `[b]`, as in a plain step."""
-        return cls(TreeShape.plain(), DraftTree.root_only(root))
+        return Proposed.of([flags[row][node] if flags else DRAFTED for row, node in accepted])
 
 
 class Proposer:
@@ -63,17 +56,12 @@ class Proposer:
         self._policy, self._drafter, self._rows, self._lookup = policy, drafter, rows, lookup
         self._newest_features: Tensor | None = None  # [b, F]
 
-    def update(self, scores: Tensor, num_matches: int, committed: Committed) -> None:
-        """Give newly committed tokens to drafter and lookup; arguments as in `Drafter.update_candidate_strategy`."""
-        for drafter in (self._drafter, self._lookup):
-            if drafter is not None:
-                text = self._text(drafter, committed.tokens[:, -1])
-                drafter.update_candidate_strategy(text, scores, num_matches, committed)
+    def update(self, committed: Committed) -> None:
+        """Give newly committed tokens to drafter and lookup."""
+        if self._drafter is not None:
+            self._drafter.observe(committed)
+        self._lookup.observe(committed)
         self._newest_features = None if committed.features is None else committed.features[:, -1]
-
-    def _text(self, drafter: Drafter, root: Tensor) -> Tensor:
-        """Return the text `[b, s]` if the drafter reads it; else only the root, since joining the text is slow."""
-        return self._rows.input_ids if drafter.reads_text else root[:, None]
 
     def take_compile_seconds(self) -> float:
         """Return the seconds spent on compiling drafting code since the last call."""
@@ -164,7 +152,8 @@ class Proposer:
         if self._drafter is None:
             return None
         if shape.asks_head:
-            return self._drafter.draft(self._text(self._drafter, root), self._request(shape))
+            text = self._rows.input_ids if self._drafter.reads_text else root[:, None]  # joining the text is slow
+            return self._drafter.draft(text, self._request(shape))
         self._drafter.read(at_least=MAX_UNREAD)
         return None
 

@@ -35,6 +35,7 @@ class Committed(NamedTuple):
     features: Tensor | None = None
     rows: Sequence[Sequence[int]] | None = None  # tokens that each row gained, on the host; `None` if all gained t
     tree: DraftTree | None = None  # the tree from which the tokens were accepted; `None` for the prompt
+    logits: Tensor | None = None  # [b, n or more, v] of the target, after each node of the tree
 
 
 class Drafter(CandidateGenerator, ABC):
@@ -87,16 +88,8 @@ class Drafter(CandidateGenerator, ABC):
         chain = input_ids.new_tensor([_best_path(pool)], dtype=torch.long)
         return cast(torch.LongTensor, torch.cat([input_ids, chain], dim=1)), None
 
-    def update_candidate_strategy(
-        self, input_ids: Tensor, scores: Tensor, num_matches: int, committed: Committed | None = None
-    ) -> None:
-        """Learn that `num_matches` of the newest candidates were accepted, in the row that accepted most.
-
-        `scores` `[b, n, v]` are the target's logits after the root and each node. Our loop passes the new tokens here
-        as `committed`; Transformers' loop passes them in its next call of `get_candidates`.
-        """
-        if committed is not None:
-            self.observe(committed)
+    def update_candidate_strategy(self, input_ids: Tensor, scores: Tensor, num_matches: int) -> None:
+        """Do nothing: Transformers' loop passes new tokens to the next call of `get_candidates`, ours to `observe`."""
 
     def _features(self, outputs: Any, count: int) -> Tensor | None:
         """Return the target's features `[1, t, F]` at the position before each of the last `count` tokens."""

@@ -74,27 +74,23 @@ class ForeignDrafter(Drafter):
 
     def __init__(self, generator: CandidateGenerator, record: TrackRecord, vocabulary: int) -> None:
         self._generator, self._record, self._vocabulary = generator, record, vocabulary
-        self._chain: list[int] = []
+        self._chain: list[int] = []  # the newest one, until it is judged; it follows `_text`
+        self._text = torch.empty(1, 0)
 
     def draft(self, input_ids: Tensor, request: DraftRequest) -> CandidatePool:
         """Call the generator, and return the first `request.shape.depth` of its tokens as a chain on the host."""
         with _Named(self._generator, "drafted"):
             candidates, _ = self._generator.get_candidates(cast(torch.LongTensor, input_ids))
-        self._chain = self._checked(input_ids, candidates)[: request.shape.depth]
+        self._text, self._chain = input_ids, self._checked(input_ids, candidates)[: request.shape.depth]
         rates = [self._record.rate(length_class(place)) for place in range(1, len(self._chain) + 1)]
         chain = Branches(self._chain, range(-1, len(self._chain) - 1), list(accumulate(rates, mul)))
         pool = CandidatePool.from_branches([chain])
         return pool if self._chain else pool.with_an_end()
 
     def observe(self, committed: Committed) -> None:
-        """Do nothing, since `draft` gets the whole text."""
-
-    def update_candidate_strategy(
-        self, input_ids: Tensor, scores: Tensor, num_matches: int, committed: Committed | None = None
-    ) -> None:
         """Record which tokens of the newest chain were right, and tell the generator how many were."""
         chain, self._chain = self._chain, []
-        if not chain or committed is None or committed.tree is None:
+        if not chain or committed.tree is None or committed.logits is None:
             return
         gained = committed.tokens[0].tolist() if committed.rows is None else committed.rows[0]
         right = list(map(eq, chain, gained))
@@ -103,8 +99,9 @@ class ForeignDrafter(Drafter):
             self._record.add(length_class(place), is_right)
         nodes = followed(committed.tree.tokens[0].tolist(), committed.tree.parents[0].tolist(), chain, 0)
         with _Named(self._generator, "was told of its matches"):
-            own = scores[:, [0, *nodes]].float()
-            self._generator.update_candidate_strategy(cast(Any, input_ids), cast(Any, own), min(matches, len(nodes)))
+            text: Any = torch.cat([self._text, self._text.new_tensor([gained])], dim=1)
+            scores: Any = committed.logits[:, [0, *nodes]].float()
+            self._generator.update_candidate_strategy(text, scores, min(matches, len(nodes)))
 
     def keep_rows(self, rows: list[int]) -> None:
         """Do nothing, since there is only one row."""

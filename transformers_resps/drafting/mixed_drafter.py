@@ -29,22 +29,12 @@ class MixedDrafter(Drafter):
         self.most_levels = None if None in levels else max(filter(None, levels))
 
     def observe(self, committed: Committed) -> None:
-        for drafter, own in zip(self._drafters, self._apart(committed), strict=True):
-            drafter.observe(own)
-
-    def update_candidate_strategy(
-        self, input_ids: Tensor, scores: Tensor, num_matches: int, committed: Committed | None = None
-    ) -> None:
-        parts = [None] * len(self._drafters) if committed is None else self._apart(committed)
-        for drafter, own in zip(self._drafters, parts, strict=True):
-            drafter.update_candidate_strategy(input_ids, scores, num_matches, own)
-
-    def _apart(self, committed: Committed) -> Sequence[Committed]:
-        """Return one `Committed` for each drafter: the same tokens, with only the features that this drafter reads."""
+        """Give each drafter the tokens, with only the features that it reads."""
         states = () if committed.features is None else committed.features.chunk(len(self.feature_layers), dim=-1)
         known = dict(zip(self.feature_layers, states, strict=committed.features is not None))
-        read = [[known[layer] for layer in drafter.feature_layers] for drafter in self._drafters]
-        return [committed._replace(features=torch.cat(own, dim=-1) if own else None) for own in read]
+        for drafter in self._drafters:
+            own = [known[layer] for layer in drafter.feature_layers]
+            drafter.observe(committed._replace(features=torch.cat(own, dim=-1) if own else None))
 
     def draft(self, input_ids: Tensor, request: DraftRequest) -> CandidatePool:
         return CandidatePool.merged([drafter.draft(input_ids, request).on_host() for drafter in self._drafters])

@@ -183,7 +183,7 @@ class DraftText:
 
     def add(self, committed: Committed) -> None:
         """Queue committed tokens until the model processes them."""
-        tokens, features, rows, _ = committed
+        tokens, features, rows, *_ = committed
         if not self._model.reads_features:
             features = None
         elif features is not None:

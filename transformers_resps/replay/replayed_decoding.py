@@ -79,14 +79,12 @@ def decode_again(
     The caller may call `policy.observe` after each step. The head's drafts come from `drafter`, not from `text.pools`;
     `drafter` must have observed the prompt except its last position.
     """
-    unknown = text.features.new_empty(1, 1, 0)  # logits
     proposer = Proposer(policy, drafter, _OneRow(text.input_ids[None]), LookupDrafter([0], memories=memories))
     place = observed = step = 0
     while place < len(text):
         root, left = text.prompt_length + place, len(text) - place
         newest = slice(text.prompt_length + observed if step else 0, root + 1)
-        gained = Committed(text.input_ids[None, newest], text.features[None, observed : place + 1])
-        proposer.update(unknown, place - observed, gained)
+        proposer.update(Committed(text.input_ids[None, newest], text.features[None, observed : place + 1]))
         if step == 0:
             proposer.read_prompt()
         room = left + text.spare_room
