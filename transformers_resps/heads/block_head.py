@@ -1,8 +1,8 @@
-"""A head that drafts a block of tokens in one pass, from the target's hidden states (its features).
+"""A head that drafts a block of tokens in one pass, from the target's hidden states (features).
 
-The positions of a block are slots. The first slot, the root, holds the newest token; all others hold a mask token. The
-module covers DFlash (arXiv 2602.06036), DSpark (arXiv 2607.05147), JetSpec (arXiv 2606.18394) and DFlash 2. In reading
-order: the layers, the corrections, the head, and the head bound to one target.
+The positions of a block are called slots. The first slot, the root, holds the newest token; all others hold a mask
+token. The module covers DFlash (arXiv 2602.06036), DSpark (arXiv 2607.05147), JetSpec (arXiv 2606.18394) and DFlash 2.
+In reading order: the layers, the modules that correct a slot's logits, the head, and the head bound to one target.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -30,12 +30,12 @@ from .identity import parameter_fingerprint
 from .model import Attend, BoundModel, DraftHead, HeadAttention, HeadModel, Rope, with_masks
 
 
-_CORRECTED = 64  # Number of a slot's likeliest tokens that a Markov head corrects: DominoTree (arXiv 2607.08642).
+_CORRECTED = 64  # A Markov head corrects only this many of a slot's likeliest tokens: DominoTree (arXiv 2607.08642).
 
 
 class GroupedConvolution(nn.Module):
-    """Two causal convolutions over a block's positions, before and after a sublayer (attention or MLP; DFlash 2).
-    A kernel is a learnt constant for each channel plus a number, computed from the input, for each group of channels.
+    """Two causal convolutions over a block's positions, before and after a sublayer (attention or MLP; DFlash 2). Each
+    kernel weight is a learnt number of the channel, plus a number computed from the input for a group of channels.
     """
 
     def __init__(self, config: BlockHeadConfig) -> None:
@@ -46,7 +46,7 @@ class GroupedConvolution(nn.Module):
         self.kernel_projection = nn.Linear(config.hidden_size, 2 * taps * (config.hidden_size // group), bias=False)
 
     def forward(self, states: Tensor, sublayer: Callable[[Tensor], Tensor]) -> Tensor:
-        """Apply a sublayer to states `[b, q, h]`, between the two convolutions."""
+        """Convolve states `[b, q, h]`, apply a sublayer, and convolve its output; return the same shape."""
         own = self.base_kernel.unflatten(-1, (self._shape[2], -1))
         kernels = self.kernel_projection(states).unflatten(-1, self._shape) + own.to(states.dtype)
         return self.convolve(sublayer(self.convolve(states, kernels[:, :, 0])), kernels[:, :, 1])
@@ -62,8 +62,8 @@ class GroupedConvolution(nn.Module):
 
 
 class BlockLayer(nn.Module):
-    """A decoder layer over the slots of a block, `[b, q, h]` -> `[b, q, h]`. The slots attend to the text and to each
-    other, with one key projection for both.
+    """A decoder layer of a block head: maps states `[b, q, h]` of a block's q slots to new states. The slots attend to
+    the text and to each other, and the same projections compute the keys and values of both.
     """
 
     def __init__(self, config: BlockHeadConfig, layer_index: int) -> None:
@@ -91,8 +91,8 @@ class MarkovHead(nn.Module):
     """Adds to a slot's logits a term that depends on the token before the slot (DSpark, arXiv 2607.05147).
 
     The term is the dot product of two vectors of length r: the previous token's row in one table, and the predicted
-    token's row in another. Kind "gated" first scales the previous token's row by a gate, computed from the slot's
-    output. Kind "rnn" replaces it by the output of a recurrent network that has read all earlier tokens of the block.
+    token's row in another. Kind "gated" scales the previous token's row by a gate that is computed from the slot's
+    output. Kind "rnn" replaces this row by the output of a recurrent network over all earlier tokens of the block.
     """
 
     def __init__(self, config: BlockHeadConfig) -> None:
@@ -107,12 +107,12 @@ class MarkovHead(nn.Module):
             self.joint_proj = nn.Linear(2 * rank + config.hidden_size, 3 * rank)
 
     def before(self, tokens: Tensor) -> Tensor:
-        """Look up the embeddings `[..., r]` of previous tokens, given as target ids."""
+        """Look up the embeddings `[..., r]` of previous tokens, whose target ids are `tokens` `[...]`."""
         return self.markov_w1(tokens)
 
     def context(self, before: Tensor, hidden: Tensor) -> Tensor:
-        """Compute the vectors `[b, D, w, r]` that are multiplied with rows of `table`, for D slots. `before`
-        `[b, D, w, r]` are embeddings of w possible previous tokens of each slot, `hidden` `[b, D, h]` slots' outputs.
+        """Compute context vectors `[b, D, w, r]` for D slots; their products with `table` are added to the logits.
+        `before` `[b, D, w, r]` embeds w possible previous tokens of each slot. `hidden` `[b, D, h]` is slots' outputs.
         """
         if self.kind == "vanilla":
             return before
@@ -120,14 +120,14 @@ class MarkovHead(nn.Module):
         return torch.sigmoid(self.gate_proj(torch.cat([hidden, before], dim=-1))) * before
 
     def state_at(self, root: Tensor, first: Tensor | None) -> Tensor:
-        """Compute the RNN state `[b, 1, r]` before the first drafted token: zeros without `first`, else the state
-        after the root token, which has the embedding `root` `[b, 1, r]`. For `first` `[b, h]` see `BlockSlots`.
+        """Compute the RNN state `[b, 1, r]` before the first drafted token. It is zero if `first` is `None`. Otherwise
+        the RNN reads the root token's embedding `root` `[b, 1, r]` and its slot's output `first` `[b, h]`.
         """
         state = torch.zeros_like(root)
         return state if first is None else self.step(root, first, state)[1]
 
     def step(self, before: Tensor, hidden: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """Advance the RNN on w paths by one token each, embedded as `before`; return context and state `[b, w, r]`."""
+        """Advance the RNN by one token, embedded in `before`, on w paths; return contexts and states `[b, w, r]`."""
         hidden = hidden[:, None].expand(-1, before.shape[1], -1)
         gate, new, output = self.joint_proj(torch.cat([state, before, hidden], dim=-1)).chunk(3, dim=-1)
         gate = torch.sigmoid(gate)
@@ -135,12 +135,12 @@ class MarkovHead(nn.Module):
 
     @property
     def table(self) -> Tensor:
-        """The vectors `[d, r]` of possible next tokens, by draft id."""
+        """The table `[d, r]` with one row for each token that the head can propose, by draft id."""
         return self.markov_w2.weight
 
 
 class CandidateSelector(nn.Module):
-    """Adds to the logits of a slot's likeliest tokens a term like `MarkovHead`'s, from other tables (DFlash 2)."""
+    """Adds to the logits of a slot's likeliest tokens a term that depends on the token before the slot (DFlash 2)."""
 
     def __init__(self, config: BlockHeadConfig) -> None:
         super().__init__()
@@ -189,8 +189,8 @@ class BlockHead(HeadModel):
     """A head that drafts a block of tokens in one pass; the target verifies the likeliest paths.
 
     Load a published head with `from_pretrained` or create one with `from_target`, and pass it to `generate` as
-    `assistant_model`. The head reads the target's embedding table, without the target's scaling factor, and uses the
-    target's output head unless it has its own.
+    `assistant_model`. The head uses the target's embedding table, but not the factor by which some targets scale it,
+    and the target's output head unless it has its own.
     """
 
     config_class = BlockHeadConfig
@@ -228,7 +228,7 @@ class BlockHead(HeadModel):
         return self.hidden_norm(self.fc(features))
 
     def write_context(self, fused: Tensor, rope: Rope, entries: Entries) -> None:
-        """Compute every layer's keys and values of fused features `[b, t, h]`, and append them to `entries`."""
+        """Project fused features `[b, t, h]` to keys and values of every layer, and store these in `entries`."""
         for index, layer in enumerate(cast(Sequence[BlockLayer], self.layers)):
             entries.update(*layer.self_attn.entries(fused, rope), index)
 
@@ -250,9 +250,9 @@ class BlockHead(HeadModel):
         return self._named("block_size", "correction") | {"fingerprint": self.fingerprint()}
 
     def confidence(self, hidden: Tensor, before: Tensor | None) -> Tensor:
-        """Predict how probably a drafted token is accepted, which is the overlap of draft and target distributions.
+        """Predict the probability that a drafted token is accepted: the overlap of draft and target distributions.
 
-        Returns fp32 logits `[...]` from outputs `[..., h]` and, if read, previous tokens' embeddings `[..., r]`.
+        Returns fp32 logits `[...]` from slots' outputs `[..., h]` and, if any, previous tokens' embeddings `[..., r]`.
         """
         if self.config.confidence_with_markov:
             assert before is not None
@@ -293,7 +293,7 @@ class BlockHead(HeadModel):
         return cls.from_pretrained(None, target, config=model.config, state_dict=model.state_dict())
 
     def readings(self, target: PreTrainedModel, whole: "BlockHead", *, has_images: bool) -> Iterator[BlockReading]:
-        """Yield all ways to read the head's file, the configured one first.
+        """Yield interpretations of the head's file, the configured one first.
 
         The next ones combine the configured feature layers, or their neighbours, with both values of `shifted` and of
         `causal`. The last ones change only the RoPE base, or only the embedding scale.
@@ -330,7 +330,7 @@ class BoundBlockHead(BlockModel, BoundModel):
         return at_wanted(hidden, wanted)
 
     def width(self, levels: int) -> int:
-        """Return how many slots of a block to run: all; in a causal head only as many as `levels` tokens need."""
+        """Return how many slots to run: all of a block, or in a causal head only as many as `levels` tokens need."""
         is_causal = all(pattern.is_causal for pattern in self.patterns)
         return levels + (not self._config.shifted) if is_causal else self._config.block_size
 
@@ -378,7 +378,7 @@ class BoundBlockHead(BlockModel, BoundModel):
         before = correction.before(torch.cat([root[:, None, None].expand_as(tokens[:, :1]), tokens[:, :-1]], dim=1))
 
         def corrected(context: Tensor, level: slice) -> Tensor:
-            """Score m candidates of D' levels below each of w parents: contexts `[b, D', w, r]` -> `[b, D', w, m]`."""
+            """Score m candidates of D' levels after each of w parents: contexts `[b, D', w, r]` -> `[b, D', w, m]`."""
             added = (context @ rows[:, level].transpose(-1, -2)).float()
             scores = (base[:, level, None] + added).log_softmax(-1) + mass[:, level, None, None]
             kept, best = scores.topk(ranks.shape[0], dim=-1)
@@ -410,8 +410,8 @@ class BoundBlockHead(BlockModel, BoundModel):
         return Branching(tokens, followed)
 
     def _sure(self, scores: Tensor, hidden: Tensor, before: Tensor | None = None) -> Tensor:
-        """If the head has a confidence head, add its log probability to the scores `[..., w, k]` of the k children of
-        w parents. It reads the output `hidden` `[..., 1, h]` and the parents' embeddings `before` `[..., w, r]`.
+        """Add the confidence head's log probabilities, if there are any, to the scores `[..., w, k]` of k children of
+        w parents. They depend on slots' outputs `hidden` `[..., 1, h]` and parents' embeddings `before` `[..., w, r]`.
         """
         if not self._config.confidence:
             return scores
@@ -419,5 +419,5 @@ class BoundBlockHead(BlockModel, BoundModel):
 
 
 def _rows_at(table: Tensor, places: Tensor) -> Tensor:
-    """In each batch row, select from `table` `[b, p, n]` the vectors at indices `places` `[b, w]`: `[b, w, n]`."""
+    """Select from each row of `table` `[b, p, n]` the vectors at indices `places` `[b, w]`; return `[b, w, n]`."""
     return table.gather(1, places[..., None].expand(-1, -1, table.shape[-1]))

@@ -59,7 +59,7 @@ def _check_numbers(config: "HeadConfig") -> None:
 
 
 class HeadConfig(PreTrainedConfig):
-    """Base class of the heads' configurations, with the fields that all of them have; see `DraftHeadConfig`."""
+    """Base class of the heads' configurations, with the fields that all heads have; see `DraftHeadConfig`."""
 
     kind_of_head = "head"  # in messages
 
@@ -98,7 +98,7 @@ class HeadConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]  # Transformers leaves it untyped
 
     def _misfits(self) -> Iterator[str]:
-        """Yield an error message for each field that is wrong: what it is, and what to do."""
+        """Yield for each wrong field a text for the error message: its value, what is needed, and what to do."""
         queries, keys, head_dim = self.num_attention_heads, self.num_key_value_heads, self.head_dim or 1
         rope = self.rope_parameters or {}
         theta, share = rope.get("rope_theta", ROPE_BASE), rope.get("partial_rotary_factor", 1.0)
@@ -126,7 +126,7 @@ class HeadConfig(PreTrainedConfig):
 
     @classmethod
     def field_types(cls) -> dict[str, Any]:
-        """Return name and type of each field, without the fields of `PreTrainedConfig`."""
+        """Return the type of each field, by name, without the fields of `PreTrainedConfig`."""
         return HeadConfig.__annotations__ | cls.__annotations__
 
     def save_pretrained(

@@ -29,8 +29,8 @@ def check_made_for(
     target: PreTrainedModel, sizes: dict[str, Any], known: dict[str, Any], feature_layers: list[int]
 ) -> None:
     """Raise a `ValueError` that names both models if a head was made for another model than `target`. `sizes` has the
-    `vocab_size` and `hidden_size` that the head needs. `known` has some or all fields of the `target_identity` of the
-    model that it was made for.
+    `vocab_size` and `hidden_size` that the head needs. `known` is the `target_identity` of the model that the head was
+    made for, or a part of it.
     """
     check_is_model(target)
     theirs = target_identity(target)

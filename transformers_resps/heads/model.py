@@ -60,13 +60,13 @@ class Rope(NamedTuple):
         return Rope(*(at_wanted(part, wanted) for part in self))
 
     def turn(self, states: Tensor) -> Tensor:
-        """Rotate queries or keys `[b, heads, t, hd]`."""
+        """Rotate queries or keys `[b, heads, t, hd]` by these angles."""
         half = states.shape[-1] // 2
         return torch.addcmul(states * self.cosine[:, None], states.roll(half, dims=-1), self.sine[:, None])
 
 
 class HeadAttention(nn.Module):
-    """Attention of a head's layer over states of `width` numbers; with `qk_norm` queries and keys have RMSNorms."""
+    """Attention of a head's layer, whose inputs have width `width`; with `qk_norm` queries and keys have RMSNorms."""
 
     def __init__(self, config: Any, layer_index: int, width: int, *, output_bias: bool, qk_norm: bool) -> None:
         super().__init__()
@@ -250,7 +250,7 @@ class HeadModel(TrainableSource, PreTrainedModel):  # type: ignore[misc]  # each
         check_made_for(target, needed, self.config.target or {}, self.feature_layers)
 
     def near(self, target: PreTrainedModel) -> tuple[list[tuple[int, ...]], list[float]]:
-        """Return lists of the feature layers and RoPE bases that the file may mean, with the configured ones first."""
+        """Return the feature layers and the RoPE bases that the file may mean, as two lists, configured ones first."""
         text = target.config.get_text_config()
         shifted = [tuple(layer + shift for layer in self.feature_layers) for shift in (0, 1, -1)]
         theirs = getattr(text, "rope_parameters", None) or {}
@@ -345,8 +345,7 @@ class DraftHead(HeadModel):
     head. Borrowed weights are not saved with the head.
 
     On CPU, decoding uses packed copies of the head's weights. Call `prepack(head)` after writing weights through
-    `.data`, as PEFT's merge does. Decoding calls the submodules directly, so hooks on the head itself run in `forward`
-    only.
+    `.data`, as PEFT's merge does. Decoding does not run forward hooks that are registered on the head itself.
     """
 
     config_class = DraftHeadConfig
@@ -459,8 +458,8 @@ class DraftHead(HeadModel):
         return cls.from_target(target, draft_token_ids=draft_token_ids, **defaults | fields)
 
     def readings(self, target: PreTrainedModel, whole: "DraftHead", *, has_images: bool) -> Iterator[HeadReading]:
-        """Yield ways to interpret the head's file, the configured one first. They combine the feature
-        layers, also shifted by one, RoPE bases, and both values of `norm_before_residual` and `before_deepstack`.
+        """Yield interpretations of the head's file, the configured one first. They combine feature layers (also
+        shifted by one), RoPE bases, both values of `norm_before_residual` and, with DeepStack, of `before_deepstack`.
         """
         config = self.config
         tower = getattr(target.config, "vision_config", None)
@@ -474,8 +473,7 @@ class BoundModel(TrainableModel):
     """A head together with the embedding table and output head that it borrows from its target; see `bind`.
 
     Each call of `generate` makes a new object. So the head itself holds no part of its target, and can be saved,
-    copied or moved alone. On CPU the layers use copies of the weights in a faster layout (packed), unless `forward` is
-    passed.
+    copied or moved alone. On CPU the layers use weights in a faster layout (packed), unless `forward` is passed.
     """
 
     is_compilable = True
@@ -546,7 +544,7 @@ class BoundHead(BoundModel):
 
 
 def with_masks(entries: Entries, masks: Masks) -> Attend:
-    """Return the function `attend` of a block pass: it stores keys and values in `entries`, and applies `masks`."""
+    """Return an `Attend` function that stores keys and values in `entries`, and uses each layer's mask in `masks`."""
     return lambda layer, queries, keys, values: attend(queries, *entries.update(keys, values, layer), masks[layer])
 
 
@@ -585,6 +583,6 @@ class BoundParallelHead(BoundHead, BlockModel):
 
 
 def pair_identity(target: PreTrainedModel, source: DraftSource | None) -> dict[str, dict[str, Any]]:
-    """Return the identity of `target` and, as "head", of `source`, to store with a policy or with measurements."""
+    """Return the identities of the "target" and, if any, the "head", to store with a policy or with measurements."""
     identity = {"target": target_identity(target)}
     return identity if source is None else identity | {"head": source.identity()}

@@ -24,8 +24,8 @@ _ANCHORS = 64  # Number of blocks that `unroll_blocks` fills in one pass over a 
 class UnrolledEntries(Entries):
     """Stores the keys and values of all levels so far, and computes the attention of the current level k.
 
-    A position attends to the text up to itself (keys of level 0), and to its own keys of levels 1 to k. This is what a
-    node at depth k attends to in drafting: the text and its path. Only the positions `slots` `[b, q]` have queries.
+    A position attends to the text up to itself (keys of level 0), and to its own keys of levels 1 to k, just as in
+    drafting a node at depth k attends to the text and its path. Only the positions `slots` `[b, q]` have queries.
 
     Our layers compute one softmax over `[t + k]` scores, without a dense `(k t)^2` mask. Layers of Transformers get a
     mask `[q, k q + t]`, in which the keys of levels 1 to k come first.
@@ -50,7 +50,7 @@ class UnrolledEntries(Entries):
 
     @property
     def _own_entries(self) -> int:
-        """Number of keys of levels 1 to k, q for each level. It must be read before the keys of level k are stored."""
+        """Number of keys of levels 1 to k: q for each level. Valid only before the keys of level k are stored."""
         return self._sees.shape[2] * len(next(iter(self._kept.values()), ()))
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
@@ -127,7 +127,7 @@ def unroll(
 
 def unroll_blocks(model: BoundBlockHead, features: Tensor, tokens: Tensor, levels: int, slots: Tensor) -> Tensor:
     """Draft a block after token p + 1 for each position p in `slots` `[b, q]`; return normed outputs
-    `[levels, b, q, h]`. They are meaningless if p is the last position of a text.
+    `[levels, b, q, h]`. The outputs for a text's last position are meaningless, because no token follows it.
     """
     anchors = (slots + 1).clamp(max=tokens.shape[1] - 1)
     blocks = [run_blocks(model, features, tokens, some, levels) for some in anchors.split(_ANCHORS, dim=1)]

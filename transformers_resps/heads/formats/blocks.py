@@ -53,7 +53,7 @@ _KINDS = {
 def read_block(
     checkpoint: Checkpoint, target: PreTrainedModel | None, overrides: dict[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Convert a block head to fields of its config and tensors by our names; for the arguments see `Reader`."""
+    """Return a block head's fields for our config, and its tensors by our names; for the arguments see `Reader`."""
     names, config = bare_names(checkpoint.tensors), checkpoint.config
     publisher = _publisher_of(config, names)
     nested = config.get("transformer_layer_config") or {}, config, config.get("dflash_config") or {}, overrides
@@ -157,7 +157,7 @@ class _PublishedBlock(PublishedHead):
         return [flags[0]] * len(windows) if flags else is_sliding
 
     def _feature_layers(self, sizes: dict[str, int], depth: int | None) -> list[int]:
-        """Convert layer ids to indices of `output_hidden_states`: add one, except to the ids of speculators."""
+        """Convert layer ids to indices of `output_hidden_states`: add one, but keep the ids of speculators."""
         ids, count = self.layer_ids, self.feature_count(sizes["target_hidden_size"])
         layers: list[int] | None = self.stated.get("feature_layers")
         if layers is None and ids is not None:

@@ -20,7 +20,7 @@ logger = logging.getLogger(f"transformers.{__name__}")
 
 
 class Publisher(StrEnum):
-    """The project that wrote a head's files, or whose conventions they follow; the last two have block heads only."""
+    """The project whose conventions a head's files follow; the last two projects publish block heads only."""
 
     EAGLE = "eagle"
     SPECFORGE = "specforge"
@@ -32,7 +32,7 @@ class Publisher(StrEnum):
     MUSE = "muse"
 
 
-# ModelOpt's flags for optional parts of a layer -> the value that a flag has for an EAGLE-3 layer.
+# ModelOpt's flags for optional norms of a layer -> the value that an EAGLE-3 layer needs.
 MODELOPT_LAYER = {"use_input_layernorm_in_first_layer": True, "use_last_layernorm": True, "use_mtp_layernorm": False}
 
 _ID_FIELDS = ("eagle_aux_hidden_state_layer_ids", "aux_hidden_state_layer_ids", "target_layer_ids")
@@ -172,10 +172,10 @@ class PublishedConfig:
         return {**rope, "rope_type": kind, "rope_theta": float(theta)}
 
     def norm_flags(self) -> dict[str, bool]:
-        """Return `norm_before_residual` and `feedback_post_norm`; for P-EAGLE, false if config.json lacks them.
+        """Return `norm_before_residual` and `feedback_post_norm`. A flag that config.json lacks is false, except
+        `norm_before_residual` of speculators' EAGLE-3 heads.
 
-        In config.json of speculators `feedback_post_norm` may be called `norm_output`. SpecForge's `norm_output` is
-        another norm, before the logits, and is ignored.
+        In files of speculators `norm_output` means `feedback_post_norm`. SpecForge's is another norm, and is ignored.
         """
         is_speculators, is_parallel = self.publisher is Publisher.SPECULATORS, "mask_hidden" in self.tensors
         before = self.stated.get("norm_before_residual")

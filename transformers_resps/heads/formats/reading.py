@@ -26,7 +26,7 @@ _FILES = tuple(file for single in _WEIGHTS for file in (single, f"{single}.index
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """The files of a published head."""
+    """The content of a published head's files."""
 
     name: str  # Hub id or folder, for messages
     config: dict[str, Any]  # config.json
@@ -73,7 +73,7 @@ def read_checkpoint(
 
 
 def kind_in(name: str | os.PathLike[str], **hub: Any) -> DrafterKind:
-    """Return the kind of head in a Hub id or folder; loads only tensors in `SHAPING`. Raises as `read_checkpoint`."""
+    """Return which kind of head a Hub id or folder contains. For `hub` and errors see `read_checkpoint`."""
     files = CheckpointFiles(name, hub)
     config, places = files.config() or {}, files.places(*_FILES) or {}
     shaping = {name: place for name, place in places.items() if name.endswith(SHAPING)}
@@ -91,7 +91,7 @@ def canonical_head(
     config_class: type[HeadConfig],
     read: Reader,
 ) -> tuple[Any, dict[str, Tensor]]:
-    """Convert any publisher's head to this package's config and tensors; `read` converts other publishers' layouts.
+    """Convert a head in any layout to this package's config and tensors; `read` converts published layouts.
 
     `target` supplies sizes that the config leaves out. `overrides` are the user's corrections of the config: fields of
     `config_class`, and `rope_theta`, which our configs have inside `rope_parameters`. Raises a `ValueError` if the
@@ -128,7 +128,7 @@ _PARALLEL_LEVELS = 8  # Speculators' default for P-EAGLE heads.
 def read_eagle(
     checkpoint: Checkpoint, target: PreTrainedModel | None, overrides: dict[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Convert an EAGLE-3 head to fields of its config and tensors by our names; for the arguments see `Reader`."""
+    """Return an EAGLE-3 head's fields for our config, and its tensors by our names; for the arguments see `Reader`."""
     tensors, config = canonical_names(checkpoint.tensors, checkpoint.name), checkpoint.config
     parts = (config.get("transformer_layer_config") or {}, config.get("eagle_config") or {}, config)
     flat = {key: value for part in parts for key, value in part.items() if value is not None} | overrides
@@ -207,7 +207,7 @@ class PublishedHead(PublishedConfig):
     """Infers from a published head its sizes, its vocabulary, and which parts it borrows from the target."""
 
     def copied_fields(self) -> dict[str, Any]:
-        """Return the fields that mean the same in every format."""
+        """Return the config fields that mean the same in every format, so that they are copied."""
         copied = {key: self.stated.get(key, default) for key, default in _COPIED.items()}
         return copied | {key: self.stated.get(key) for key in _TOKEN_IDS}
 
@@ -304,7 +304,7 @@ class PublishedHead(PublishedConfig):
         return identity
 
     def without_borrowed(self, fields: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Return `fields` with `owns_embedding` and `owns_output_head`, and the tensors that the head owns."""
+        """Complete config `fields` by `owns_embedding` and `owns_output_head`; also return the head's own tensors."""
         offsets = draft_offsets(self.tensors, fields["draft_vocab_size"], fields["vocab_size"], self.source)
         tensors = {name: part for name, part in self.tensors.items() if name not in ("t2d", "d2t", "hot_token_id")}
         if offsets is not None:
@@ -448,7 +448,7 @@ _LOADING = {
 def split_keywords(
     keywords: dict[str, Any], config_class: type[HeadConfig]
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """Split keywords into three: for the Hub, for loading by Transformers, and corrections of the head's config."""
+    """Split keywords into three dicts: for the Hub, for loading by Transformers, and to correct the head's config."""
     fields = {*config_class.field_types(), "rope_theta"}
     hub = {key: value for key, value in keywords.items() if key in HUB}
     loading = {key: value for key, value in keywords.items() if key in _LOADING or key.startswith("_")}

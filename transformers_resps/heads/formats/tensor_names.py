@@ -30,7 +30,7 @@ _LAYER = (
 
 
 def canonical_names(tensors: Mapping[str, Item], source: str) -> dict[str, Item]:
-    """Replace the published tensor names, which are the keys, by this package's names. `t2d` and `hot_token_id` are
+    """Return `tensors` with this package's names as keys, instead of published names. `t2d` and `hot_token_id` are
     kept, although this package's heads do not have them. Raises a `ValueError` if two tensors get the same name.
     """
     renamed: dict[str, Item] = {}
@@ -75,7 +75,7 @@ def check_complete(tensors: dict[str, Tensor], source: str) -> None:
 
 
 def check_exact(wanted: dict[str, Tensor], tensors: dict[str, Tensor], source: str) -> None:
-    """Raise a `ValueError` if names or shapes of `tensors` differ from `wanted`, or if one is quantized."""
+    """Raise a `ValueError` if names or shapes of `tensors` differ from those of `wanted`, or a tensor is quantized."""
     missing, unexpected = sorted(set(wanted) - set(tensors)), sorted(set(tensors) - set(wanted))
     if missing or unexpected:
         raise ValueError(_inexact(source, missing, unexpected))

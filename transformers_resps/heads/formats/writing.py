@@ -26,9 +26,9 @@ _LAYER_FIELDS = (
 def export_head(config: DraftHeadConfig, tensors: dict[str, Tensor], folder: Path, layout: str) -> None:
     """Write `config.json` and `model.safetensors` of a head in the layout "specforge" or "speculators".
 
-    SpecForge's config is flat, its tensors' prefix is `midlayer.`, and its ids number layers. In speculators the
-    config is nested, the prefix is `layers.0.`, and ids number the boundaries before layers. Raises `ValueError` if
-    the layout is unknown, or cannot express this head.
+    SpecForge's config is flat, its tensors' prefix is `midlayer.`, and its feature ids count layers. In speculators
+    the config is nested, the prefix is `layers.0.`, and feature ids count the boundaries before layers. Raises
+    `ValueError` if the layout is unknown, or cannot express this head.
     """
     if layout not in EAGLE.exports:
         known = ["resps", *EAGLE.exports]
@@ -50,7 +50,7 @@ def export_head(config: DraftHeadConfig, tensors: dict[str, Tensor], folder: Pat
 
 
 def _on_disk(state: dict[str, Tensor], vocab_size: int) -> dict[str, Tensor]:
-    """Copy tensors to the CPU, and add the mask `t2d` `[v]` of the draft vocabulary if its offsets `d2t` are there."""
+    """Copy tensors to the CPU; if the head has a draft vocabulary (`d2t`), also add its mask `t2d` `[v]`."""
     tensors = {name: part.detach().cpu().contiguous() for name, part in state.items()}
     if "d2t" in tensors:
         allowed = tensors["t2d"] = torch.zeros(vocab_size, dtype=torch.bool)
@@ -66,7 +66,7 @@ def _write(config: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -> 
 
 
 def export_block_head(config: BlockHeadConfig, state: dict[str, Tensor], folder: Path, layout: str) -> None:
-    """Write a block head in the layout "z-lab" (`dflash_config`, ids number layers) or "speculators"."""
+    """Write a block head in the layout "z-lab" or "speculators"; raise `ValueError` if it cannot express the head."""
     _check_block(config, layout)
     tensors = _on_disk(state, config.vocab_size)
     if layout == "z-lab":
@@ -82,7 +82,7 @@ def _is_sliding(config: BlockHeadConfig) -> list[bool]:
 
 
 def _check_block(config: BlockHeadConfig, layout: str) -> None:
-    """Raise a `ValueError` if the layout cannot express this block head, so that engines would load it wrongly."""
+    """Raise a `ValueError` if the layout cannot express this block head: engines would load the head wrongly."""
     assert config.windows is not None and config.feature_layers is not None and config.causal is not None
     is_zlab, is_known = layout == "z-lab", layout in BLOCK.exports
     has_markov = config.correction not in ("none", "selector")
@@ -196,12 +196,12 @@ def _check_expressible(config: DraftHeadConfig, layout: str) -> None:
 
 
 def _has_attention_biases(config: DraftHeadConfig) -> bool:
-    """Whether to write a bias of each attention projection, even zeros: engines have one flag for all of them."""
+    """Return whether to write biases for all attention projections, even zeros: engines have one flag for all."""
     return config.attention_bias or config.attention_output_bias
 
 
 def _layer_config(config: DraftHeadConfig) -> dict[str, Any]:
-    """Make the fields of a Llama or Qwen3 config for the layer, with RoPE in the forms of Transformers 4 and 5."""
+    """Describe the head's layer as a Llama or Qwen3 config, with RoPE in the forms of Transformers 4 and 5."""
     rope = dict(config.rope_parameters or {})
     theta = rope.get("rope_theta", ROPE_BASE)
     scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
@@ -220,8 +220,8 @@ def _layer_config(config: DraftHeadConfig) -> dict[str, Any]:
 
 
 def _shared_fields(config: DraftHeadConfig) -> dict[str, Any]:
-    """Return the fields that both layouts have. `feature_layers` and `feedback_post_norm` are names of our own:
-    the published names differ in meaning.
+    """Return the config fields that both layouts have. `feature_layers` and `feedback_post_norm` are this package's
+    names, written too, because the publishers' names do not mean the same everywhere.
     """
     own = ("feature_layers", "feedback_post_norm", "owns_embedding", "target_hidden_size")
     norms = ("norm_before_residual", "norm_before_fc", "fc_norm")
@@ -263,7 +263,7 @@ def _speculators_config(config: DraftHeadConfig) -> dict[str, Any]:
 def _speculators_fields(
     config: HeadConfig, algorithm: str, architecture: str, version: str, tokens: int, layer: dict[str, Any]
 ) -> dict[str, Any]:
-    """Make the fields that all configs of speculators have. They name the target and the default way to draft."""
+    """Make the fields that every config of speculators has, such as the target's name and the drafting method."""
     method = {"proposal_type": "greedy", "speculative_tokens": tokens, "verifier_accept_k": 1, "accept_tolerance": 0.0}
     target = config.target or {}
     return {
