@@ -31,14 +31,14 @@ logger = logging.getLogger(f"transformers.{__name__}")
 
 Value = TypeVar("Value")
 
-_UNMEASURED = Existing(refuse=(RESULTS,))  # a results file describes the weights that the upload would replace
+_UNMEASURED = Existing(refuse=(RESULTS,))  # A results file describes the weights that the upload would replace.
 
 
 class ArtefactTrainer(Trainer):
     """Trains a head or policy, writes it to `OUTPUT_DIR/artefact_name`, and pushes only that folder to the Hub.
 
-    A finished run writes the folder, with the run's settings in `recipe.yaml`, and its length and the results of later
-    evaluations in `metrics.json`. Before that, each checkpoint writes the current head or policy to
+    A finished run writes the folder, with the run's settings in `recipe.yaml`, and the run's length and the results of
+    later evaluations in `metrics.json`. Before that, each checkpoint writes the current head or policy to
     `OUTPUT_DIR/artefact_name-unfinished` and, unless `hub_strategy="end"`, pushes it. Transformers' `Trainer` would
     instead push the weights in training precision, and a pickle.
     """
@@ -78,7 +78,7 @@ class ArtefactTrainer(Trainer):
 
     @property
     def is_finished(self) -> bool:
-        """Whether the run has reached `max_steps` or was stopped early; also true before `train` is called."""
+        """Whether the run has reached `max_steps` or was stopped early; also true before the first call of `train`."""
         return self.state.global_step >= self.state.max_steps or any(
             isinstance(callback, EarlyStoppingCallback)
             and callback.early_stopping_patience_counter >= callback.early_stopping_patience
@@ -110,7 +110,7 @@ class ArtefactTrainer(Trainer):
         write_recipe(folder, self.args, type(self).__name__, self.models())
 
     def _restored(self, checkpoint: str) -> TrainOutput | None:
-        """If this checkpoint has taken all steps of the run, load it and return a result; otherwise return `None`."""
+        """If no steps of the run are left after `checkpoint`, load it and return a result; otherwise return `None`."""
         state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
         if state.global_step < (self.args.max_steps if self.args.max_steps > 0 else state.max_steps):
             return None
@@ -209,7 +209,7 @@ def add_metrics(folder: Path, metrics: dict[str, Any]) -> None:
     file.write_text(json.dumps(known | metrics, indent=2) + "\n", encoding="utf-8")
 
 
-_LOCAL_SUFFIXES = ("_dir", "_token", "run_name", "local_rank")  # Name endings of settings left out of recipes.
+_LOCAL_SUFFIXES = ("_dir", "_token", "run_name", "local_rank")  # Recipes leave out settings whose names end so.
 
 
 def write_recipe(folder: Path, args: TrainingArguments, trainer: str, models: Mapping[str, str | None]) -> None:
@@ -273,7 +273,7 @@ def push_folder(
     card: str | None = None,
     **where: Any,
 ) -> str:
-    """Upload a folder, or only `files` of it, in one commit; return its URL. `card` is added if there is no card."""
+    """Upload a folder, or only `files` of it, in one commit; return the commit's URL. `card` is added if missing."""
     paths = _files(folder) if files is None else files
     content: dict[str, Path | bytes] = {file.relative_to(folder).as_posix(): file for file in paths}
     existing = _UNMEASURED
@@ -283,7 +283,7 @@ def push_folder(
 
 
 def newest_checkpoint(folder: str | Path) -> str | None:
-    """Return the newest checkpoint in `folder` that has `trainer_state.json`, which is written last, or `None`."""
+    """Return the newest complete checkpoint in `folder`, or `None`; `trainer_state.json` shows that it is complete."""
     complete = [path.parent for path in Path(folder).glob(f"checkpoint-*/{TRAINER_STATE_NAME}")]
     return str(max(complete, key=lambda path: int(path.name.split("-")[1]))) if complete else None
 
@@ -323,7 +323,7 @@ class InterruptionCallback(TrainerCallback):
 
 @contextmanager
 def interruptible(trainer: Trainer, steps: int = 1) -> Iterator[None]:
-    """On the first SIGINT or SIGTERM, save a checkpoint and stop `trainer` at the next multiple of `steps` steps.
+    """On a SIGINT or SIGTERM in the `with` block, save a checkpoint and stop at the next multiple of `steps` steps.
 
     Then raise `KeyboardInterrupt` or, for SIGTERM, `SystemExit` with status 143. A second signal stops immediately.
     Outside Python's main thread this has no effect.
@@ -413,7 +413,7 @@ InitKwargs = dict[str, Any] | str | None  # keywords for loading a model; on a c
 
 
 def option(default: Value, help: str) -> Value:
-    """Make a field of a trainer's settings; `help` is shown by the scripts' `--help`."""
+    """Make a dataclass field of a trainer's settings; the scripts show `help` in their `--help`."""
     return field(default=default, metadata={"help": help})
 
 

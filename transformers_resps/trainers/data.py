@@ -87,7 +87,7 @@ class HeadTexts:
         return collate(rows, self.processor)
 
     def prepare(self, dataset: Any, name: str) -> Any:
-        """Call `prepare_dataset` with a dataset, or with each dataset in a dict; errors call the dataset `name`."""
+        """Prepare a dataset, or each dataset in a dict, by `prepare_dataset`; error messages use `name` for it."""
         if dataset is None:
             return None
         if isinstance(dataset, Mapping) and name != "train_dataset":
@@ -157,7 +157,7 @@ class PolicyPrompts:
 
     @classmethod
     def of(cls, dataset: Any, name: str, tokenizer: Any) -> "PolicyPrompts":
-        """Tokenize a dataset's prompts (see `PolicyTrainer` for the columns); errors call the dataset `name`."""
+        """Tokenize a dataset's prompts (see `PolicyTrainer` for the columns); error messages use `name` for it."""
         check_dataset(dataset, name, may_stream=False)
         if not len(dataset):
             raise ValueError(f"`{name}` is empty. Pass a split that has rows, or another dataset.")
@@ -220,7 +220,7 @@ class AnswerRecorder(Generic[Recorded]):
     block_nodes: int = MOST_NODES  # see `record_pools`
 
     def record(self, prompts: Sequence[Tensor], what: str = "prompts") -> list[Recorded]:
-        """Record missing answers to prompts `[s]`, each process a share; return all answers of at least two tokens."""
+        """Record missing answers to prompts `[s]`, split among processes; return the answers of two tokens or more."""
         from accelerate import PartialState  # needs the extra `train`
 
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -322,7 +322,7 @@ class PolicyData:
 
     @property
     def training(self) -> dict[str, Any]:
-        """Number of texts, dtype and device of the training, for `metrics.json`."""
+        """The training's number of texts, dtype and device, by name, for `metrics.json`."""
         target = self.pair.target
         where = {"dtype": str(target.dtype).removeprefix("torch."), "device": device_name(target.device)}
         return {"texts": len(self.prompts["train_dataset"].tokens), **where}
@@ -337,7 +337,7 @@ class PolicyData:
         return 0 if learned is None else len(self.prompts[name].tokens.keys() & learned.tokens.keys())
 
     def replays(self, name: str, grid: ActionGrid) -> ReplayRollouts:
-        """Compute tokens and seconds of a step with each shape of `grid`, at every position of a dataset's answers."""
+        """Make rollouts with a step's tokens and seconds, for each shape of `grid` at each position of the answers."""
         if name not in self._replays:
             most = max(shape.total_tokens - 1 for shape in grid.shapes)
             texts = self.record(name, RankedText, depths_of(grid), max(most, MOST_NODES))

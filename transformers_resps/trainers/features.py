@@ -122,7 +122,7 @@ class FrozenTarget:
         return picks
 
     def teacher(self, hidden: Tensor, token_ids: Tensor) -> Teacher:
-        """Return the target's distributions over the tokens `token_ids` `[d]` for states `[n, target hidden]`."""
+        """Return the target's distributions over tokens `token_ids` `[d]`, from hidden states `[n, target hidden]`."""
         bias = getattr(self._output, "bias", None)
         bias = None if bias is None else bias[token_ids]
         return Teacher(hidden, self._output.weight[token_ids], self.scale, self.softcap, bias)

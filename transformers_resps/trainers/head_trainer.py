@@ -154,7 +154,7 @@ class DraftHeadTrainer(ArtefactTrainer):
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Return the losses of all levels and tokens, summed and divided by the optimiser step's predicted tokens."""
+        """Return the sum of losses over levels and tokens, divided by the number of tokens predicted in the step."""
         if model.training:
             self._speed.start(self.state.global_step)  # earlier, a resumed run does not know its step
         is_predicted = inputs["labels"] != IGNORED
@@ -263,7 +263,7 @@ class DraftHeadTrainer(ArtefactTrainer):
         return self._loader(self._train_texts, shuffle=True)
 
     def _positions(self, texts: PreparedTexts | StreamedBatches) -> int:
-        """Return how many positions the run computes over all epochs and processes, padding included."""
+        """Estimate how many positions (tokens of texts) the run trains on, over all epochs and processes."""
         args = self.args
         if isinstance(texts, PreparedTexts) and args.max_steps <= 0:
             return int(args.num_train_epochs * sum(texts.lengths))
@@ -396,7 +396,7 @@ class LevelMeter:
         self._tokens += tokens
 
     def summary(self, over_processes: Callable[[Tensor], Tensor]) -> tuple[dict[str, float], int]:
-        """Return `loss_1`, `accuracy_1`, `accuracy_2`, ..., and the token count; `over_processes` adds processes."""
+        """Return a dict `loss_1`, `accuracy_1`, `accuracy_2`, ..., and the token count, summed by `over_processes`."""
         everything = over_processes(torch.cat([self._sums.flatten(), torch.tensor([float(self._tokens)])]))
         losses, hits, predicted = everything[:-1].view_as(self._sums)
         agreement = (hits / predicted.clamp(min=1)).tolist()
@@ -420,7 +420,7 @@ class RunSpeed:
             self._since = self._since[0] + seconds, self._since[1]
 
     def lap(self, tokens: int, step: int, max_steps: int) -> dict[str, float]:
-        """Return `tokens_per_second` and `minutes_left`, from the tokens since the last call; `{}` after no step."""
+        """Return `tokens_per_second` and `minutes_left` from `tokens` since the last call; `{}` if no step was run."""
         now = time.monotonic()
         (before, first), self._since = self._since or (now, step), (now, step)
         if step <= first:

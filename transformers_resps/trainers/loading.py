@@ -50,9 +50,9 @@ def as_target(target: PreTrainedModel | str, init_kwargs: dict[str, Any] | None 
 
 
 def check_target_name(target: str, **hub: Any) -> None:
-    """Raise `ValueError` if the config in the folder or Hub repository `target` is that of a draft head.
+    """Raise `ValueError` if the config in the folder or Hub repository `target` belongs to a draft head.
 
-    `hub` may be `revision`, `subfolder`, `token` and `cache_dir`. Raises `OSError` if there is no config.
+    `hub` may have `revision`, `subfolder`, `token` and `cache_dir`. Raises `OSError` if there is no config.
     """
     config, _ = PreTrainedConfig.get_config_dict(target, **hub)
     names = [config.get("model_type"), *(config.get("architectures") or ())]

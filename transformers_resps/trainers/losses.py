@@ -52,8 +52,8 @@ def soft_cross_entropy(
 
     `hidden` `[k, n, h]` are normed hidden states of k levels, which predict the same n tokens, `weight` `[d, h]` the
     head's output rows, and `row_weights` `[k, n]` the fp32 factors of the losses; 0 leaves a token out. The logits of
-    `chunk_size` positions are in memory at once, as 2 fp32 buffers `[chunk_size, d]`. Two terms may be
-    added to the logits: `bias` `[d]`, which gets no gradient, and `states @ rows.T`, of rank r, where `added` holds
+    `chunk_size` positions are in memory at once, as 2 fp32 buffers `[chunk_size, d]`. Two optional terms are added to
+    the logits: `bias` `[d]`, which gets no gradient, and `states @ rows.T`, of rank r, where `added` is a pair of
     states `[k, n, r]` and rows `[d, r]`.
 
     Returns three tensors: the weighted sum of all losses; the unweighted sum of each level, `[k]`; and how often a
@@ -114,7 +114,7 @@ class _SoftCrossEntropy(torch.autograd.Function):
 
 
 def _compared(logits: Tensor, probabilities: Tensor, best: Tensor) -> tuple[Tensor, Tensor]:
-    """Return cross entropies `[c]`, and whether `best` is the top token, `[c]`; write the gradient into `logits`."""
+    """Return cross entropies `[c]`, and whether `best` is the top token, `[c]`; replace `logits` by the gradient."""
     losses, tops = [], []
     for part, wanted in zip(_cached_parts(logits), _cached_parts(probabilities), strict=True):
         exact = part.float()
@@ -135,9 +135,9 @@ def _cached_parts(rows: Tensor) -> tuple[Tensor, ...]:
 def pack(rows: Tensor, slots: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
     """List the positions (slots) of each text at which outputs are needed, filled up to the same number q per text.
 
-    `shape` is `(b, t)`, that of the batch. For m predicted tokens, `rows` `[m]` are their texts, and `slots` `[k, m]`
-    the positions that predict them at each of k levels; numbers below 0 count as 0. Returns the positions `[b, q]`,
-    ascending, and for each of `slots` its index among its text's positions, `[k, m]`.
+    `shape` is the batch's `(b, t)`. For m predicted tokens, `rows` `[m]` are the indices of their texts, and `slots`
+    `[k, m]` the positions that predict them at each of k levels; a position below 0 counts as 0. Returns the ascending
+    positions `[b, q]`, and the index `[k, m]` of each of `slots` among the returned positions of its text.
     """
     slots = slots.clamp(min=0)
     needed = torch.zeros(shape, dtype=torch.uint8, device=slots.device)

@@ -93,7 +93,7 @@ class PolicyTrainingConfig(TrainingArguments):
         return self.num_ppo_epochs * self.num_mini_batches
 
     def _check_updates(self) -> None:
-        """Raise `ValueError` if the run or a checkpoint would end inside an update: it could not be resumed there."""
+        """Raise `ValueError` if the run or a checkpoint would end inside an update, where a run cannot be resumed."""
         saves = str(self.save_strategy.value)  # type: ignore[attr-defined]  # `__post_init__` has made it an enum
         check_setting(self, "save_strategy", saves != "epoch", "'steps', 'best' or 'no': an epoch ends in an update")
         for name in ("max_steps", {"steps": "save_steps", "best": "eval_steps"}.get(saves, "max_steps")):

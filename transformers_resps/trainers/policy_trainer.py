@@ -341,7 +341,7 @@ _DEPTH, _TOP_KS, _LOOKUPS = 6, (1, 2, 4), (0, 4, 8)  # Sizes of the fixed trees 
 def compare(
     policy: Policy, searched: Sequence[RecordedText], held_out: Sequence[RecordedText], costs: CostModel
 ) -> "PolicyComparison":
-    """Replay `held_out` with a copy of `policy`, which goes on learning, and with the fastest tree on `searched`."""
+    """Replay `held_out` with a copy of `policy`, which keeps learning, and with the best fixed tree on `searched`."""
     small = ActionGrid.small()
     grid = (small.within(searched[0].depth) if searched[0].block_nodes else small).with_lookups(_LOOKUPS)
     in_searched, in_held_out = (
@@ -360,13 +360,13 @@ def compare(
 
 
 def without_guard(model: Any) -> tuple[Any, bool]:
-    """Return a policy without its `BaselineGuard`, and whether it had one; a name is loaded first."""
+    """Return a policy without its `BaselineGuard`, and whether it had one; load the policy if `model` is a name."""
     policy = AutoPolicy.from_pretrained(model) if isinstance(model, str) else model
     return (policy.policy, True) if isinstance(policy, BaselineGuard) else (policy, False)
 
 
 def new_resps_policy(pair: Pair, args: PolicyTrainingConfig, costs: CostModel, context: int) -> ReSpSPolicy:
-    """Make a Re-SpS policy; with `drop_hopeless` only of shapes that can save time at `context` positions."""
+    """Make an untrained Re-SpS policy; `drop_hopeless` removes shapes that cannot save time at `context` positions."""
     grid = every = ActionGrid.paper() if args.grid == "paper" else ActionGrid.small()
     levels = pair.head.drafter(DraftCall(pair.target)).most_levels
     if levels is not None:

@@ -22,7 +22,7 @@ RewardFunc = Callable[..., Tensor]
 
 
 class Update:
-    """One update of a policy: collects its decisions on some texts, computes their rewards and minibatch losses.
+    """One update of a policy: collects its decisions on some texts, and computes their rewards and minibatch losses.
 
     The update's number and the seed determine all random numbers, so that a resumed run repeats them.
     """
@@ -155,8 +155,8 @@ def gae(rewards: Tensor, values: Tensor, ends: Tensor, *, discount: float, decay
 def standardized(values: Tensor) -> Tensor:
     """Shift values `[n]`, or each row of `[n, a]`, to mean 0, then divide all by their common standard deviation.
 
-    Equal values become 0. The entropy bonus then has the same weight at every scale of rewards, so that the policy
-    stays uncertain enough to adapt when the rate changes.
+    Equal values become 0. Standardizing gives the entropy bonus the same weight at every scale of rewards, so that the
+    policy stays uncertain enough to adapt when the rate changes.
     """
     centred = values - values.mean(-1, keepdim=True)
     return centred / (centred.square().mean().sqrt() + 1e-8)

@@ -44,7 +44,7 @@ class Decisions:
 
 
 class Rollouts(ABC):
-    """Base class of `ReplayRollouts` and `LiveRollouts`: lets a policy decide on texts, and returns the results."""
+    """Base class of `ReplayRollouts` and `LiveRollouts`: collects a policy's decisions on texts, and their results."""
 
     knows_all_outcomes = False  # whether decisions come with the result of every action
 
@@ -156,7 +156,7 @@ class _Decision:
 class DecisionRecorder(Policy):
     """Chooses actions by the network of `policy`, each for `persistence` steps, and stores these steps' records.
 
-    The code of Re-SpS instead counts a step for the next decision, and adds an observation of zeros once per text.
+    The code of Re-SpS instead credits a step to the next decision, and adds an observation of zeros once per text.
     """
 
     def __init__(self, policy: ReSpSPolicy, persistence: int, generator: torch.Generator | None) -> None:
@@ -183,7 +183,7 @@ class LiveRollouts(Rollouts):
     """Collects decisions by decoding with an attached model, timed on this machine.
 
     With `includes_drafting=False` a step's time excludes drafting, as in the code of Re-SpS. Deep trees then seem to
-    cost nothing, so use this only for ablations. `generation` is passed to `generate`, for example `max_new_tokens`.
+    cost nothing, so use this only for ablations. `generation` holds arguments of `generate`, such as `max_new_tokens`.
     """
 
     def __init__(
@@ -214,7 +214,7 @@ class LiveRollouts(Rollouts):
     def collect(
         self, policy: ReSpSPolicy, texts: int, persistence: int, generator: torch.Generator, *, greedy: bool = False
     ) -> Decisions:
-        """Collect decisions as `Rollouts.collect` says; raise `ValueError` if no decision took a plausible time."""
+        """Collect decisions as in `Rollouts.collect`; raise `ValueError` if no decision took a plausible time."""
         chosen = torch.randperm(len(self._prompts), generator=generator)[:texts].tolist()
         kept, ends, decided = list[_Decision](), list[bool](), 0
         for index in chosen:
