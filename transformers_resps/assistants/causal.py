@@ -95,7 +95,7 @@ def _tokens(model: PreTrainedModel) -> Any:
 
 
 class _Steps(StepModel):
-    """Drafts with a causal model, which runs over the text and nodes of a tree. Its positions do not count padding."""
+    """Drafts with a causal model, which runs over the text and a tree's nodes. Position ids do not count padding."""
 
     reads_features = False
     counts_padding = False

@@ -108,8 +108,8 @@ _COMPARED = 64  # Number of rows that are compared to recognise a copy.
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """Names of the tensors in a checkpoint that together make one tensor of our MTP layers. Publishers store that
-    tensor whole, as two halves of its rows, or the whole or each half as one tensor for each expert.
+    """Names of the tensors in a checkpoint that together make one tensor of our MTP layers. Publishers store this
+    tensor whole or as two halves of its rows, and may divide the whole or each half into one tensor for each expert.
     """
 
     # For each half: expert -> name. The key -1 means one tensor for all experts.
@@ -143,7 +143,7 @@ class Stored:
 
 
 def stored_names(names: Iterable[str], layer_count: int) -> dict[str, Stored]:
-    """Group MTP tensors' names among `names` by our tensor that they make up, for a target of `layer_count` layers."""
+    """Map our name of each MTP tensor to its `names` in a checkpoint whose target has `layer_count` layers."""
     stored: dict[str, Stored] = {}
     for name in names:
         ours = _canonical(name, layer_count)
@@ -182,7 +182,7 @@ def names_mtp(config: dict[str, Any]) -> bool:
 
 
 class MtpCheckpoint:
-    """Reads MTP layers from a checkpoint of their target, or from one that holds them alone.
+    """Reads MTP layers from a checkpoint of their target, or from a checkpoint that contains only MTP layers.
 
     `name` is a Hub id or folder; `hub` has keywords of `huggingface_hub.hf_hub_download`. Raises a `ValueError` if the
     checkpoint is damaged or has no MTP layers that are supported, an `OSError` if the Hub refuses the request.
@@ -286,7 +286,7 @@ class MtpCheckpoint:
         )
 
     def is_copy(self, ours: str, weight: Tensor) -> bool:
-        """Whether some rows of the tensor `ours` equal the same rows of the target's `weight`; false if offloaded."""
+        """Return whether rows of tensor `ours`, a sample, equal those of the target's `weight`; false if offloaded."""
         if weight.is_meta:
             return False
         name = self.stored[ours].names[0][0]
