@@ -17,7 +17,7 @@ IGNORED = -100  # Label of tokens that the loss ignores.
 
 
 def collate(rows: Sequence[dict[str, Any]], processor: ProcessorMixin | None = None) -> dict[str, Any]:
-    """Join `rows`, dicts like `Example.tensors`, to a batch: right-pad tensors `[t, ...]` with zeros to `[b, t, ...]`.
+    """Join `rows` (dicts like `Example.tensors`) to a batch: right-pad tensors `[t, ...]` with zeros to `[b, t, ...]`.
     `labels` replace `loss_mask`: the token ids where the mask is true, elsewhere `IGNORED`. If any row has `pictures`,
     the batch has `image_inputs`, the image arguments of the target's forward, which `processor` computes.
     """
@@ -88,7 +88,7 @@ class PreparedTexts(Dataset[dict[str, Any]]):
         return self.example(index).tensors
 
     def example(self, index: int) -> Example:
-        """Return row number `index`; unlike in `self[index]`, its `loss_mask` may include the first two tokens."""
+        """Return row `index` as an `Example`; unlike in `self[index]`, its mask may include the first two tokens."""
         return Example.of_row(self._rows[index])
 
     def examples(self) -> Iterator[Example]:

@@ -146,8 +146,8 @@ def _checked(value: Any) -> list[dict[str, Any]]:
 
 def with_images(value: Any, images: int) -> list[dict[str, Any]]:
     """Check messages as `as_messages` does, and split each content into text and image parts. If no part is an image,
-    put image parts, as many as `images` says, before the text of the first user turn, as in TRL. Raises `ValueError`
-    if a message is wrong, or if an assistant's turn has an image.
+    put `images` image parts before the text of the first user turn, as in TRL. Raises `ValueError` if a message is
+    wrong, or if an assistant's turn has an image.
     """
     messages: list[dict[str, Any]] = [
         {"role": str(one["role"]), "content": _parts(one["content"], has_images=True)} for one in _checked(value)

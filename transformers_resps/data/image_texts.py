@@ -42,7 +42,7 @@ class Pictures:
         return {"texts": self.texts, "counts": self.counts, "starts": self.starts, "key": self.key}
 
     def before(self, place: int) -> "Pictures | None":
-        """Return only the parts that begin before token number `place`, with their images; `None` if none does."""
+        """Return only the parts that begin before token number `place`, and their images; `None` if there are none."""
         kept = sum(start < place for start in self.starts)
         if not kept:
             return None
@@ -74,7 +74,7 @@ def images_of(row: Mapping[str, Any]) -> list[Any]:
 
 
 def _read(processor: Any, texts: list[str], images: list[list[Any]]) -> dict[str, Tensor]:
-    """Run the processor on texts and the images of each; the chat template already added the special tokens."""
+    """Run the processor on texts and each text's images; the chat template has already added the special tokens."""
     padding = {"padding": True, "padding_side": "right"} if len(texts) > 1 else {}
     return dict(processor(text=texts, images=images, add_special_tokens=False, return_tensors="pt", **padding))
 
@@ -112,7 +112,7 @@ def cast_for(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str, 
 
 
 def load_processor(target: PreTrainedModel, processing_class: Any = None) -> ProcessorMixin | None:
-    """Return `processing_class`, by default the target's processor; `None` if it is a mere tokenizer or missing."""
+    """Return `processing_class`, by default the target's processor; `None` if it is only a tokenizer or missing."""
     if processing_class is not None or not target.config.name_or_path:
         return processing_class if isinstance(processing_class, ProcessorMixin) else None
     try:

@@ -218,7 +218,7 @@ def _features(dataset: Any, *, has_images: bool) -> Any:
 
 
 def _prepared_row(row: Row, number: int, name: str, reader: "_Reader", vocab_size: int) -> Row:
-    """Make the columns in `PREPARED` from a row. A row without a token to learn from gets no ids, to be dropped."""
+    """Make the columns in `PREPARED` from a row. A row without a token to learn from gets length 0, to be dropped."""
     try:
         example, is_shortened = reader.example_of(row)
         question = reader.question_of(row)
@@ -325,7 +325,7 @@ def _template(row: Row) -> Row:
 
 def _of_messages(conversation: list[Any], renderer: Any, template: Row) -> tuple[list[_Piece], bool]:
     """Drop assistant turns before the first question, and split the rest into questions and answers. If the template
-    rewrites earlier turns, keep only the part up to the first answer, and return true as the second result.
+    rewrites earlier turns, keep only the turns up to the first answer; the second result is then true.
     """
     roles = [message["role"] for message in conversation]
     first = roles.index("user") if "user" in roles else len(roles)

@@ -1,4 +1,4 @@
-"""Store hashes of training prompts beside the head or policy, so that it is not measured on these prompts."""
+"""Store hashes of training prompts beside a head or policy, so that a benchmark can refuse these prompts."""
 
 import hashlib
 import json
