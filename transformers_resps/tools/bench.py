@@ -62,7 +62,7 @@ from .results import (
 from .session import Dialogue, Judge, Session, check_apart, read_dialogues, spread
 
 
-_ADVICE_CONTEXT = 128  # context length, in tokens, whose costs the advice uses
+_ADVICE_CONTEXT = 128  # context length, in tokens, at which the advice compares costs
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class BenchConfig:
 
     @property
     def chosen(self) -> list[str]:
-        """Names of the methods to compare: `methods` or, if `None`, all methods ("eagle" only if there is a head)."""
+        """Names in `choices` of the methods to compare: `methods` or, if `None`, all ("eagle" only with a head)."""
         possible = [name for name in self.choices if self.head is not None or name != EAGLE]
         return possible if self.methods is None else list(self.methods)
 
@@ -249,7 +249,7 @@ def methods_of(
     others: Sequence[Method] = (),
     trees: Sequence[Generate] = (),
 ) -> list[Method]:
-    """Return the decoding methods that `config` asks for, in the order of the table.
+    """Return the decoding methods that `config` asks for, in the order of the results table.
 
     The caller's methods `others` come before the trees of `config`, and the caller's `trees` after. With `compiles`,
     each method of this package is also listed with compiled steps.
@@ -276,7 +276,7 @@ def methods_of(
 
 
 def answer_all(session: Session, after: Callable[[Prompt, Sequence[Run]], None]) -> bool:
-    """Answer all prompts, and call `after` with each prompt and its answers, timed; return `False` after Ctrl-C."""
+    """Answer each prompt with all methods, then call `after(prompt, timed answers)`. Return `False` after Ctrl-C."""
     with transformers_logging.tqdm(total=session.total, desc="Decoding", unit="answer") as bar:
         try:
             for prompt, runs in session.run(bar.update):

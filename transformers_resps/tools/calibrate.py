@@ -81,7 +81,7 @@ def what_must_be_accepted(table: CostTable) -> str:
 
 
 def _contradiction(table: CostTable) -> float:
-    """Return the largest ratio of one forward's seconds to another's with as much work or more; above 1 is noise."""
+    """Return the largest factor by which a forward took longer than another of at least its size; above 1 is noise."""
     cells = [(context, nodes, taken) for context, row in table.verify.items() for nodes, taken in row.items()]
     cells += [(context, 1, taken) for context, taken in table.plain.items()]
     return max(

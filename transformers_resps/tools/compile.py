@@ -18,7 +18,7 @@ _NEW_TOKENS = 16
 
 
 def run(args: argparse.Namespace) -> int:
-    """Decode a few tokens with compiled steps, which stores their code; raise `ValueError` if that fails."""
+    """Decode a few tokens with compiled steps, so that their code is stored; raise `ValueError` if it is not."""
     folder = packages_folder()
     if folder is None:
         raise ValueError(f"{FOLDER_VARIABLE} is off, so no code is kept. Unset it, or name a folder.")

@@ -8,7 +8,7 @@ from typing import Any
 from ..drafting import FileReading
 
 
-_SURE = 3.0  # standard errors; a larger difference is sure. With two, the best of twenty could be chance
+_SURE = 3.0  # standard errors; a larger difference is sure. A limit of 2 could pick one of twenty by chance
 _MIN_GAIN = 0.01  # accepted tokens per chain; a smaller gain is not worth other settings
 _MIN_NATS = 0.02  # nats per chain; a smaller gain is not worth other settings
 _HOPELESS = 5.0  # standard errors; an interpretation that is worse by more than this is dropped
@@ -55,8 +55,8 @@ class ReadingScore:
 class Diagnosis:
     """The scores of all interpretations of a checkpoint ("readings"), and which one is best.
 
-    An interpretation is better if the target accepts significantly more tokens, or about as many and the head finds
-    the target's tokens likelier. Likelihood shows a wrong RoPE base before it costs many tokens.
+    An interpretation is better if the target accepts significantly more drafted tokens, or about as many and the head
+    gives the target's tokens more probability, which a wrong RoPE base lowers before it costs many accepted tokens.
     """
 
     scores: tuple[ReadingScore, ...]  # the configured interpretation is first
@@ -91,7 +91,7 @@ class Diagnosis:
 
     @cached_property
     def possible_gain(self) -> float:
-        """Most tokens per position that another interpretation may gain over the best one (3 standard errors)."""
+        """Upper limit (mean plus 3 standard errors) of any other interpretation's `gain` over the best one."""
         gains = (self.gain(score, self.best) for score in self.scores if score is not self.best)
         return max((gain + _SURE * error for gain, error in gains), default=0.0)
 
@@ -131,7 +131,7 @@ class Diagnosis:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in changes.items()}
 
     def gain(self, score: ReadingScore, over: ReadingScore | None = None) -> tuple[float, float]:
-        """Return how many more tokens per position `score` has than `over` (default: configured), and the error."""
+        """Return the gain of `score` over `over` (or `configured`) in accepted tokens per chain, and its error."""
         return self._mean_difference("kept", score, over or self.configured)
 
     def _mean_difference(self, field: str, score: ReadingScore, other: ReadingScore) -> tuple[float, float]:

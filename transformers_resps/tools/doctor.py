@@ -90,9 +90,9 @@ def write_answers(
 class Probe:
     """Scores a head under several interpretations of its checkpoint ("readings"), on answers passed to `add`.
 
-    Nothing is generated: head and target predict at existing tokens. Beyond the first depth the head reads its own
-    outputs in place of features, as in EAGLE-3's training-time test (arXiv 2503.01840, section 3.2). `readings`
-    begins with the configured one; `None` means all. Raises a `ValueError` if the head is for another target.
+    Nothing is generated: head and target predict the tokens of existing answers. Beyond the first depth the head reads
+    its own outputs in place of features, as in EAGLE-3's training-time test (arXiv 2503.01840, section 3.2). The first
+    of `readings` is the configured one; `None` tests all. Raises a `ValueError` if the head is for another target.
     """
 
     def __init__(
@@ -136,7 +136,7 @@ class Probe:
                         self._add(batch, tap)
 
     def _add(self, batch: "_ScoredTexts", tap: FeatureTap) -> None:
-        """Run the target over a batch, and score the head's interpretations that read the features `tap` records."""
+        """Run the target over a batch; score each interpretation whose head reads the features that `tap` records."""
         tokens = batch.tokens.to(self._target.device)
         given = {}
         if batch.shown is not None:
@@ -206,7 +206,7 @@ class _ScoredTexts:
     """A right-padded batch of answers; it needs no mask, because causal attention ignores later positions."""
 
     tokens: Tensor  # [b, t]
-    scored: Tensor  # [b, t] bool: positions after which the tokens of all depths lie in the answer
+    scored: Tensor  # [b, t] bool: positions to score, where the tokens to predict at all depths lie in the answer
     shown: LabelledText | None = None  # the answer, if the batch is a single answer about images
 
 
@@ -239,8 +239,8 @@ def refined(
 ) -> Iterator[Diagnosis]:
     """Diagnose `head` on a few short answers from `source`, then on more and longer ones; yield each diagnosis.
 
-    After the first, interpretations of the checkpoint that score far worse are dropped. If later answers are longer,
-    the first answers are discarded. Stops when the result is settled, after `count` answers, or after `seconds`.
+    After the first diagnosis, interpretations of the checkpoint that score far worse are dropped. If later answers are
+    longer, the first are discarded. Stops when the result is settled, after `count` answers, or after `seconds`.
     """
     probe, found, deadline = Probe(target, head, has_images=has_images), None, clock() + seconds
     start, end, most, is_look = 0, min(count, _LOOK_ANSWERS), min(max_new_tokens, _LOOK_TOKENS), True
@@ -336,7 +336,7 @@ def told(diagnosis: Diagnosis) -> dict[str, Any]:
 
 
 def source_of(target: PreTrainedModel, answers: list[LabelledText], prompts: list[Tensor], bar: Any) -> Source:
-    """Return a source of `answers` or, if empty, of the target's new answers to `prompts`; the source moves `bar`."""
+    """Return a `Source` of `answers` or, if there are none, of the target's answers to `prompts`; it updates `bar`."""
     place = 0
 
     def source(first: int, end: int, most: int) -> list[LabelledText]:
@@ -405,7 +405,7 @@ def first_answer(example: Example, max_new_tokens: int, processor: ProcessorMixi
 
 
 def print_diagnosis(diagnosis: Diagnosis, tried: int) -> None:
-    """Print the verdict and a table of scores, the best first; `tried` interpretations were tested, some dropped."""
+    """Print the verdict and a table of scores, best first; `tried` counts all interpretations, dropped ones, too."""
     configured = diagnosis.configured
     print(f"{diagnosis.verdict}\n\nRead on {machine_line()}.")
     print(f"\nAgreement with the target, at {configured.positions} positions of {diagnosis.answers} answers:\n")

@@ -156,7 +156,7 @@ def examine(
 
 
 def facts_of(target: PreTrainedModel, head: DraftSource | None, policy: Policy, decoding: str) -> dict[str, str]:
-    """Describe models, machine and `decoding` for a page, without local paths, since users share pages."""
+    """Return a page's facts on models, machine and `decoding` (a text), without local paths: users share pages."""
     here = machine(target)
     threads = f", {here['threads']} threads" if target.device.type == "cpu" else ""
     facts = {"target": _name(target, target.config.name_or_path)}
@@ -172,7 +172,7 @@ def facts_of(target: PreTrainedModel, head: DraftSource | None, policy: Policy, 
 
 
 def _name(model: object, known: str | None) -> str:
-    """Return a name to print: the Hub id `known`, the last part of a local path, or for `None` the model's class."""
+    """Return a model's name to print: `known`, shortened to the last part if a local path; its class if `None`."""
     name = known or type(model).__name__
     return Path(name).resolve().name if Path(name).exists() else name
 
@@ -301,7 +301,7 @@ def _json(value: _Json) -> str:
 
 
 def _hash(text: str) -> str:
-    """Hash the exact text between a script's or style's tags, in the form for a content security policy."""
+    """Return the hash of the text in a script or style element, in the form that a content security policy needs."""
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 

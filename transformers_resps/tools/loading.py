@@ -57,8 +57,8 @@ def load_target(
 ) -> Any:
     """Load a target. Default device: a GPU if there is one. Default dtype: the checkpoint's; on a CPU float32.
 
-    `quantization` is a name in `QUANTIZATIONS`, or a quantization config of Transformers in JSON. With it, the default
-    dtype is bfloat16, the one in which compiled steps can read such weights.
+    `quantization` is a name in `QUANTIZATIONS`, or a quantization config of Transformers in JSON. A quantized target
+    has bfloat16 as its default dtype, because compiled steps read quantized weights only in bfloat16.
     """
     device = device or default_device()
     dtype = dtype or ("bfloat16" if quantization else "float32" if device == "cpu" else "auto")
@@ -91,7 +91,7 @@ def _quantization_config(name: str, quantization: str) -> Any:
 
 
 def load_source(name: str | None, target: Any, revision: str | None = None) -> DraftSource | None:
-    """Load a drafter of any kind from a folder, Hub id or "mtp"; this attaches `target`, which keeps the drafter."""
+    """Attach `target` and load a drafter for it, from a folder, Hub id or "mtp"; the attached target keeps it."""
     assistants: Assistants = attach(target).speculation_state.assistants
     named = name if name is None or revision is None else load_drafter(name, target, revision=revision)
     return assistants.source(target, named)
@@ -153,6 +153,6 @@ def questions_in(conversations: Sequence[Conversation], most: int) -> list[Conve
 
 
 def up_to(conversation: Conversation, role: str) -> Conversation:
-    """Return a conversation up to and with its first turn of `role`, or an empty list without such a turn."""
+    """Cut a conversation after its first turn of `role`; return an empty list if there is no such turn."""
     roles = [message["role"] for message in conversation]
     return conversation[: roles.index(role) + 1] if role in roles else []

@@ -33,7 +33,7 @@ class Answer(NamedTuple):
     token_ids: list[int]
     report: SpeculationReport | None = None  # report of `generate` with a policy
     target_forwards: int | None = None  # counted by a library that runs its own layers
-    prefill_seconds: float = 0.0  # until the first token, if such a library or the report has them
+    prefill_seconds: float = 0.0  # until the first token, if the method measures them; else 0
 
 
 @dataclass(frozen=True)
@@ -118,12 +118,12 @@ def invariant(method: Generate) -> Generate:
 
 
 def prompt_lookup() -> Generate:
-    """Return Transformers' prompt lookup of ten tokens, as in its documentation."""
+    """Return the method of Transformers' prompt lookup, with ten looked-up tokens as in its documentation."""
     return Generate("prompt lookup", {"prompt_lookup_num_tokens": 10}, effort=1, seed_exact=False)
 
 
 def draft_model(model: PreTrainedModel) -> Generate:
-    """Return Transformers' assisted generation with a small model."""
+    """Return the method of Transformers' assisted generation with a small model."""
     return Generate("draft model", {"assistant_model": model}, effort=2, seed_exact=False)
 
 

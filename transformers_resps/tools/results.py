@@ -37,7 +37,7 @@ NAMED_NODES = 8  # the advice states the cost of verifying a tree of this size
 MIN_PROMPTS = 8  # a bootstrap over fewer prompts gives too narrow intervals
 MAX_SPREAD = 0.25  # maximum interquartile range, over the median, of plain decoding's rates
 
-_DIGITS = 7  # significant digits: microseconds of a second
+_DIGITS = 7  # significant digits of the saved numbers: enough for a second in microseconds
 _MIN_ANSWERS = 8  # the spread of fewer answers is not checked
 _MIN_TOKENS = 8  # shorter answers do not count for the spread
 _INTERRUPTED = 5.0  # maximum ratio of an answer's seconds per forward to the median of its method
@@ -130,7 +130,7 @@ def compare(processes: Sequence[Sequence[AnswerTiming]], method: str, base: str)
 
 
 def _paired(timings: Sequence[AnswerTiming], method: str, base: str) -> list[list[Timing]]:
-    """For each prompt, sorted by name, sum tokens and seconds of both methods over the turns that both answered."""
+    """Return, for `method` and `base`, each prompt's total tokens and seconds over the turns that both answered."""
     both = {m.cell for m in timings if m.method == method} & {m.cell for m in timings if m.method == base}
     kept = sorted((m for m in timings if m.cell in both), key=lambda m: m.prompt)
     prompts = (grouped((m for m in kept if m.method == name), lambda m: m.prompt) for name in (method, base))
@@ -206,7 +206,7 @@ def _rows(timings: Sequence[AnswerTiming], names: Sequence[str]) -> list[dict[st
 def plain_spread(timings: Iterable[AnswerTiming]) -> float | None:
     """Return the interquartile range of plain decoding's rates over their median; `None` for fewer than four rates.
 
-    It measures noise, so each rate is divided by the mean over the repeats of the same text: prompts may differ.
+    To measure only noise, each rate is divided by the mean over repeats of the same text, because prompts differ.
     Prefills, incomplete repeats and answers of fewer than eight tokens are ignored.
     """
     told = [m for m in timings if m.method == PLAIN and m.tokens >= _MIN_TOKENS]
@@ -252,7 +252,7 @@ class Standing:
 
 
 def advice_of(efforts: Mapping[str, int], timings: Sequence[AnswerTiming], verify_cost: float) -> str:
-    """Advise which method of `efforts` to use; `verify_cost`: plain steps that verifying `NAMED_NODES` nodes costs."""
+    """Say which method of `efforts` to use; `verify_cost`: plain steps as long as verifying `NAMED_NODES` nodes."""
     others = [name for name in efforts if name != PLAIN]
     if not timings:
         return advise([], verify_cost, 0)
@@ -396,7 +396,7 @@ def peak_mib(device: torch.device, process: Path = Path("/proc/self")) -> int | 
 
 
 def reset_peak(device: torch.device, process: Path = Path("/proc/self")) -> None:
-    """Let `peak_mib` forget what was used before, where the system can."""
+    """Reset the memory peak that `peak_mib` returns; does nothing where the system cannot reset it."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:

@@ -44,7 +44,7 @@ from .loading import load_policy, load_source, load_target
 MAX_BODY_BYTES = 32 << 20
 _DEFAULT_NEW_TOKENS = 1024  # for requests without a limit, as in Transformers' server
 _SHUTDOWN_SECONDS = 60.0  # at shutdown, how long to wait for the running step
-_MOST_MEMORIES = 64  # each holds up to a million tokens, of 12 bytes each
+_MOST_MEMORIES = 64  # most memories that are kept; each has up to a million tokens of 12 bytes
 _NO_KEY = (None, b"", b"Bearer", b"Bearer none")  # clients without a key send "Bearer none"
 _CLIENT_LEFT = 499  # nginx's HTTP status for a disconnected client; only logs show it
 _BAD_REQUEST = (LookupError, TypeError, ValueError, AttributeError, TemplateError)
@@ -69,7 +69,7 @@ class Exchange:
     plain_reason: str | None = None  # why the request was decoded plainly
     error: str | None = None  # message of an error in `generate`
     status: int = 200  # HTTP status: 400 for a request that cannot be answered, 500 for a fault of the server
-    prompt_tokens: int = 0  # of an answered request; 0 before the answer
+    prompt_tokens: int = 0  # length of the prompt of an answered request; 0 before the answer
     emitted_tokens: int = 0
 
     @property
@@ -87,7 +87,7 @@ class Exchange:
 
     @property
     def figures(self) -> dict[str, float]:
-        """Numbers by name that this request, when finished, adds to the figures of `/metrics`."""
+        """Numbers that this request, once finished, adds to the counters of `/metrics`, by counter name."""
         figures: dict[str, float] = {
             f'resps_requests_total{{outcome="{self.outcome}"}}': 1,
             "resps_prompt_tokens_total": self.prompt_tokens,
@@ -325,7 +325,7 @@ class AttachedModels(model_manager.ModelManager):
         return model
 
     def target_of(self, name: Any) -> str:
-        """Return the target that a request names; `name` may be `None` if only one target is served."""
+        """Return the target that a request asks for as `name`, which may be `None` if only one target is served."""
         if name is None and len(self.names) == 1:
             name = self.names[0]
         if not isinstance(name, str) or name not in self._targets:
@@ -373,7 +373,7 @@ _TEXTS = ("text", "input_text", "output_text")  # types of the text parts of a m
 
 
 class _Handler(utils.BaseHandler):
-    """Base class of the endpoints. It raises an error that names unsupported fields, and adds `metrics` to answers."""
+    """Base class of the endpoints' handlers: refuses requests with unsupported fields, adds `metrics` to answers."""
 
     needs: str  # name of the field with the prompt
     reads: frozenset[str]  # names of further supported fields

@@ -67,7 +67,7 @@ def spread(dialogues: Sequence[Dialogue], limit: int) -> list[Dialogue]:
 
 
 def check_apart(evaluated: Sequence[Dialogue], others: set[str], what: str) -> None:
-    """Raise `ValueError` if the fingerprint of a dialogue is in `others`; the message calls the others `what`."""
+    """Raise `ValueError` if a prompt's fingerprint is in `others`; `what` describes `others` in the message."""
     shared = [dialogue.name for dialogue in evaluated if dialogue.fingerprint in others]
     if shared:
         raise ValueError(
@@ -80,8 +80,8 @@ class Judge:
     """Compares answers with those of plain decoding, and lists in `unexplained` the differences that must not occur.
 
     In the invariant mode no answer may differ. Otherwise greedy answers may differ by rounding, but sampled answers
-    of a `seed_exact` method must not differ in float32 or float64. Sampled answers in half precision may differ after
-    a near-tie, which cannot be proved afterwards, so of these only the equal ones are counted.
+    of a `seed_exact` method must not differ in float32 or float64. Differences of sampled answers in half precision
+    are not listed, because a near-tie may cause them, and this cannot be checked afterwards.
     """
 
     def __init__(self, target: Any, methods: Sequence[Method]) -> None:
@@ -121,9 +121,9 @@ class Judge:
 class Session:
     """Answers every conversation with every method, at every temperature and with every seed in `repeats`.
 
-    All methods answer the same prompt, with the method `base`'s own answers to the earlier turns, at the same
-    temperature and seed, as in EAGLE's evaluation on MT-Bench. A conversation ends early if the next turn would not
-    fit into the target's context.
+    All methods answer the same prompts: the answers to the earlier turns in a prompt are those of the method `base`
+    at the same temperature and seed, as in EAGLE's evaluation on MT-Bench. A conversation ends early if the next turn
+    would not fit into the target's context.
     """
 
     def __init__(
@@ -173,7 +173,7 @@ class Session:
     def run(self, done: Callable[[], Any] = lambda: None) -> Iterator[tuple[Prompt, list[Run]]]:
         """Yield each prompt with its timed answers, in the order of `methods`; call `done` after each answer.
 
-        The order in which methods run is shuffled for each repeat and conversation, equally in every session, because
+        The order of methods is shuffled for each repeat and conversation, in the same way in every session, because
         a method may leave the machine faster or slower for the next method.
         """
         for repeat in self._repeats:
