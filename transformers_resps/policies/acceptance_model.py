@@ -70,7 +70,7 @@ class AcceptanceModel:
         return [min(factor * exp(score), 1.0) if score > MIN_SCORE else 0.0 for score in scores]
 
     def discounts(self, depth: int) -> list[float]:
-        """Return the log factor to add to each level's scores. It never rises with depth, so parents rank first."""
+        """Return, per level, the number to add to its nodes' scores. It never rises, so parents still rank first."""
         return list(accumulate((math.log(max(self._factors.product(level + 1), 1e-9)) for level in range(depth)), min))
 
     def hit_rate(self, level: int) -> float:
@@ -84,8 +84,8 @@ class AcceptanceModel:
     def children_of(self, probs: Sequence[float], level: int, width: int) -> list[float]:
         """Estimate the next level's probabilities, `width` children per node, from the `probs` of a level's nodes.
 
-        At most three children of a node are counted. In recordings of two heads 50 to 90% of the accepted
-        children were best children, more if the path to them was likely; second best were 16%, third best 7.5%.
+        At most three children of a node count. In recordings of two heads, an accepted child was its parent's best
+        child in 50 to 90% of cases (more after a likely path), the second best in 16%, the third best in 7.5%.
         """
         all_children, root = self.hit_rate(level + 1), 1.0 / level
         second, third = (all_children * share for share in _LATER_CHILDREN)

@@ -48,7 +48,7 @@ class Observation:
         row_count: number of rows that are still decoded.
         device_type: type of the target's device, such as "cpu".
         row_accept_probs: like `prefix_accept_probs`, for each row; `None` if all rows get equally many nodes.
-        shared: a function that `size` may call: the indices of each row's drafted nodes that lookup also proposes.
+        shared: a function for `size`; returns the indices of each row's drafted nodes that lookup also proposes.
     """
 
     features: Tensor | None
@@ -69,11 +69,11 @@ class Observation:
 
     @property
     def node_price(self) -> int:
-        """Number of nodes that a step's cost rises by if each row gets one more: `row_count`, or 1 with padding."""
+        """Number of nodes added to a step's cost if every row gets one more node: `row_count`, or 1 with padding."""
         return self.row_count if self.pricing.packs_rows else 1
 
     def looked_up(self, most: int, least_prob: float) -> int:
-        """Return how many nodes lookup adds to a step's cost: up to `most` per row, each of at least `least_prob`."""
+        """Return how many nodes lookup adds to a step's cost: up to `most` per row, of probability >= `least_prob`."""
         if self.row_accept_probs is None:
             return most * self.node_price
         return sum(prob >= least_prob for row in self.row_accept_probs() for prob in row[:most])
@@ -177,7 +177,7 @@ class Policy(ABC):
         return None
 
     def explain(self, steps: Sequence[StepRecord]) -> str | None:
-        """Say in a sentence why most `steps` of a call were plain, or return `None`; `steps[0]` is the prefill."""
+        """Return a sentence on why most `steps` of a call were plain, or `None`; `steps[0]` is the prefill."""
         return None
 
     def adopt_costs(self, costs: RunningCosts) -> None:
@@ -201,7 +201,7 @@ for _forwarded in vars(Policy).keys() - vars(PolicyWrapper).keys():
 
 
 class Trials:
-    """Decides when to retry an option that does not pay: after `first` checks, then twice as many, up to `last`."""
+    """Schedules retries of an option that does not pay: after `first` checks, doubled at each retry, up to `last`."""
 
     def __init__(self, first: int, last: int) -> None:
         self._first, self._last = first, last

@@ -17,7 +17,7 @@ Range = tuple[float, float]  # first and third quartile of repeated measurements
 
 
 class CostModel(ABC):
-    """Estimates the seconds that a step takes: of its draft, of the target's forward, and of the rest (`overhead`)."""
+    """Estimates the seconds of a step: of its draft, of the target's forward, and of everything else (`overhead`)."""
 
     overhead: float  # seconds of a step outside the forwards of target and head: acceptance, caches, policy
 
@@ -195,7 +195,7 @@ _RUINOUS_SLOPE = 1.2  # If a node costs this many plain steps (on no known machi
 _ROUNDING = 1e-9  # Rounding may make a difference of times negative by this many seconds.
 _LEARNED = 10  # The mean of drafts weighs the first 10 equally; each later draft has weight 0.1.
 _LEARNED_WIDTH = 20  # The same for the relative cost of a width, which changes less.
-_INERTIA = 0.1  # The old price of a level weighs as much as drafts whose depths have this variance.
+_INERTIA = 0.1  # Weight of the old price of a level in a new fit, beside the variance of the drafts' depths.
 # Factor on the unknown price of a level, so that deeper drafts are tried. If the start of a draft costs half a plain
 # step, a guarded policy then reaches 2.8 instead of 1.2 times the plain rate; elsewhere it is no slower.
 _UNTRIED = 0.5
@@ -266,7 +266,7 @@ class RunningCosts(CostModel):
     ) -> None:
         """Learn from one step of `rows` rows; ignore it if a time is negative, because the clock was set back.
 
-        `width` is the nodes per level. `has_looked`: lookup was called; `looks_up`: only its nodes were verified.
+        `width` is the number of nodes per level. `has_looked`: lookup ran; `looks_up`: only its nodes were verified.
         """
         rest = step_seconds - verify_seconds - draft_seconds
         if min(verify_seconds, draft_seconds) < 0.0 or rest < -_ROUNDING:
@@ -381,11 +381,11 @@ class RunningCosts(CostModel):
 
 @dataclass(slots=True)
 class _DraftPrice:
-    """Fits the seconds of a draft as `start + slope * levels`, both at least 0, by decaying least squares.
+    """Fits the seconds of a draft as `start + slope * levels` by decaying least squares; neither number is negative.
 
     The first ten drafts have equal weights, because one may be slow, and too high a price would prevent more drafts.
     Drafts of a single depth do not determine the slope: at first the start is 0, later the old slope is kept. The
-    fit is for the first measured width (nodes per level); a draft of another width costs a learned factor times that.
+    fit is for the first measured width (nodes per level); for another width it is multiplied by a learned factor.
     """
 
     drafts: int = 0
@@ -400,7 +400,7 @@ class _DraftPrice:
         return self.seconds + self.slope * (levels - self.levels)
 
     def of_width(self, width: int) -> float:
-        """Return the factor of a width; if it was never measured, the largest possible: proportional to the width."""
+        """Return the cost factor of a width; an unmeasured width is assumed to cost as much per node as a narrower."""
         if width in self.widths or not self.widths:
             return self.widths.get(width, (0, 1.0))[1]
         narrower = [known for known in self.widths if known < width]
@@ -431,7 +431,7 @@ class _DraftPrice:
         self.slope = min(max(slope, 0.0), self.seconds / self.levels)
 
     def _learn_width(self, width: int, ratio: float) -> int:
-        """Average `ratio`, a draft's cost over that of the first width, into its width's factor; return the count."""
+        """Update the factor of `width` with a draft's `ratio` to the first width's cost; return its draft count."""
         drafts, factor = self.widths.get(width, (0, self.of_width(width)))
         most = INTERRUPTED * factor if drafts else factor
         least = min(width / next(iter(self.widths)), 1.0) / INTERRUPTED

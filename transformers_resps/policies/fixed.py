@@ -13,7 +13,7 @@ class FixedPolicy(SavedPolicy):
     """Drafts a tree of the same shape at every step.
 
     Args:
-        shape: such as `TreeShape(8, 3, 2)`, for every step. `TreeShape.from_eagle(60, 7, 10)` takes EAGLE's numbers.
+        shape: shape of all trees, as `TreeShape(8, 3, 2)` or, with EAGLE's numbers, `TreeShape.from_eagle(60, 7, 10)`.
     """
 
     policy_type = "fixed"

@@ -143,7 +143,7 @@ class BaselineGuard(PolicyWrapper, SavedPolicy):
         return counts if len(set(counts)) > 1 else counts[0]
 
     def _priced(self, counts: Sequence[int], most: int) -> int:
-        """Return the number of nodes that sets a step's cost if rows verify `counts` nodes, but at most `most`."""
+        """Return the node count on which a step's cost depends if rows verify `counts` nodes, but at most `most`."""
         return 1 + sum(max(min(count, most) - 1, 0) for count in counts) * self._node_price // len(counts)
 
     def observe(self, record: StepRecord) -> None:
@@ -344,7 +344,7 @@ class ExplorationBudget:
         self.seconds = max(self.seconds, START_STEPS * plain_seconds)
 
     def excuse(self, lost_seconds: float) -> None:
-        """Raise a negative budget by `lost_seconds`, at most to 0: a slow machine, not drafting, lost this time."""
+        """Raise a negative budget by `lost_seconds`, at most to 0: a slow machine lost this time, drafting did not."""
         if self.seconds < 0.0:
             self.seconds = min(self.seconds + max(lost_seconds, 0.0), 0.0)
 
@@ -406,7 +406,7 @@ class _HeadCalls:
         self.earned, self.tokens = past * self.earned + earned, past * self.tokens + tokens
 
     def is_tried(self, room: int, price: float) -> bool:
-        """Decide whether the head should spend `price` seconds on the prompt."""
+        """Decide whether the head should take `price` seconds for the prompts of a call of up to `room` new tokens."""
         is_unknown = self.tokens < ENOUGH_TOKENS
         return self.trials.is_due(pays=is_unknown or self.earned / self.tokens * room > price)
 
@@ -443,7 +443,7 @@ class PlainClock:
     def time(self, seconds: float, budget: ExplorationBudget) -> float:
         """Learn from the `seconds`, drafting excluded, of a step that verified only the root; correct the `budget`.
 
-        Returns a factor for the costs of all steps: 1 unless the context is far from that of the last timing.
+        Returns the factor by which to rescale all step costs: 1 unless the context is far from the last timing's.
         """
         self._timed_at = self.context
         gained, self._gained = self._gained, 0.0

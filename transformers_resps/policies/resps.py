@@ -211,7 +211,7 @@ class ReSpSPolicy(SavedPolicy):
 
 
 def _fresh(config: ReSpSConfig, device: str | None = None) -> ActorCritic:
-    """Make an untrained network; on device "meta" without memory, because a saved config may have huge sizes."""
+    """Make an untrained network. On device "meta" it takes no memory, even if a saved config has huge sizes."""
     with torch.device(device or torch.get_default_device()):
         sizes = config.feature_size, len(config.grid)
         return ActorCritic(*sizes, hidden_size=config.hidden_size, normalize=config.normalize)

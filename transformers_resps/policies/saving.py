@@ -74,7 +74,7 @@ class SavedPolicy(Policy):
         return push_saved(self.save_pretrained, self.plain_card(repo_id), Destination(repo_id, **where), message)
 
     def plain_card(self, repo_id: str) -> str:
-        """Return the text of a minimal model card: the target, and the line of code that loads the policy."""
+        """Return a minimal model card, with the target and the line of code that loads the policy."""
         config = self.to_config()
         trained = config.get("policy", config)  # a guard holds the config of the guarded policy
         target = (trained.get("target") or {}).get("name_or_path")

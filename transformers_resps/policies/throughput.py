@@ -147,7 +147,7 @@ class ThroughputPolicy(SavedPolicy):
         return self._widths.choose(width) if paths_cost else width
 
     def _look_up(self, observation: Observation) -> int:
-        """Run prompt lookup, choose which of its nodes to verify, and return the largest number in any row."""
+        """Run prompt lookup and choose which of its nodes to verify; return the largest number of them in any row."""
         step = self._step
         self.least_lookup_prob = 0.0
         step.has_looked = self._memory.looks_up(step.rate * self.costs.look_seconds)
@@ -172,7 +172,7 @@ class ThroughputPolicy(SavedPolicy):
         return max(map(len, chains))
 
     def _best_prefix(self, worth: Sequence[float], *, from_root: bool = False) -> tuple[int, float]:
-        """Return `best_prefix` for nodes that extend the looked-up nodes or, if `from_root`, the root alone."""
+        """Return `best_prefix` for nodes added to the chosen looked-up nodes or, if `from_root`, to the root alone."""
         step = self._step
         most = 1 + (self._largest.total_tokens - 1 + _MAX_LOOKED_UP) * step.row_price
         seconds = self.costs.verify_curve(most)[0 if from_root else step.lookup : most : step.price]
@@ -289,7 +289,7 @@ class ThroughputPolicy(SavedPolicy):
             self._wider.note(step.wider_gain - step.rate * (wider - narrower))
 
     def _learn(self, record: StepRecord, level_probs: list[list[float]]) -> None:
-        """Learn from the outcome of each row or, if the record has one outcome for all rows, from this one."""
+        """Update `acceptance` with each row's outcome or, if rows share one outcome in the record, with that one."""
         matches, emitted = record.drafted_match, record.emitted
         if len(matches) == 1:
             outcomes = [(matches[0], min(filter(None, emitted), default=0))]
@@ -383,7 +383,7 @@ class _Step:
         return min(levels, 1) if self.drafts_at_once else levels
 
     def left_at(self, level: int) -> list[float]:
-        """Return, for each row, the tokens that a right node at `level` adds: `factors` times P(lookup is wrong)."""
+        """Return, per row, how many tokens an accepted node at `level` adds: `factors` times P(lookup is wrong)."""
         if not self.chains:
             return self.factors
         hits = [chain[level - 1] if level <= len(chain) else 0.0 for chain in self.chains]
@@ -415,8 +415,8 @@ def best_prefix(seconds: Sequence[float], worth: Sequence[float], rate: float) -
 def narrowed(scores: Tensor, bounds: Sequence[int], width: int, narrower: int) -> tuple[Tensor, list[int]] | None:
     """Reduce the scores of a draft with `width` children per node to those of a draft with `narrower` children.
 
-    Returns the kept scores and their `bounds`, or `None` if a level has not all nodes of such a draft. `bounds` are
-    the ends of the levels, after a 0. In each level the nodes with children must come first, best first.
+    Returns the kept scores and their `bounds`, or `None` if a level lacks `width` children per parent. `bounds` are 0
+    and the end of each level. A level must hold the children of one parent after another, all sorted best first.
     """
     parts, ends = [], [0]
     for level, (start, stop) in enumerate(pairwise(bounds)):
@@ -429,7 +429,7 @@ def narrowed(scores: Tensor, bounds: Sequence[int], width: int, narrower: int) -
 
 
 class ThroughputMemory:
-    """Keeps means over past steps: tokens per second, gains of head and lookup. Decides when to use or retry them."""
+    """Keeps means over past steps (tokens per second, gains of head and lookup); decides when to use which of both."""
 
     def __init__(self) -> None:
         self.head_was_right = True  # whether, in most rows, the last draft included the next token
