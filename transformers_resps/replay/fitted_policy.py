@@ -55,7 +55,7 @@ def fit_platt_scaling(scores: Tensor, accepted: Tensor) -> PlattScaling:
 
 
 def _outcomes(text: RecordedText, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return level, score and whether the text follows its path, `[n]` each, of the n pooled nodes within the text."""
+    """Return, for n pooled nodes within the text, `[n]` each: level, score, and whether the text follows the path."""
     if top_k not in text.pools:
         raise ValueError(
             f"The text was recorded with pools of top_k {sorted(text.pools)}, but {top_k} is to be fitted. Record it "

@@ -32,7 +32,7 @@ class TextOutcomes:
 
 @dataclass(frozen=True, slots=True)
 class HeldOutcomes:
-    """Outcomes of n series of steps, each with one action (tree shape): `[n]` for one action, `[n, a]` for all."""
+    """Outcomes of n series of steps that keep one action (tree shape): `[n]`, or `[n, a]` with a column per action."""
 
     emitted: Tensor  # tokens of all these steps
     seconds: Tensor  # seconds of all these steps

@@ -98,7 +98,7 @@ class RankedText:
         return (rows < shape.total_tokens - 1) & (depth > 0)[:, None]
 
     def outcomes(self, grid: ActionGrid, costs: CostModel) -> TextOutcomes:
-        """Compute a step's tokens and seconds with each shape at each position; a node from two sources costs once."""
+        """Compute a step's tokens and seconds for each shape and position; a node of head and lookup counts once."""
         emitted = torch.stack([self.emitted(shape) for shape in grid.shapes], dim=1)
         taken = torch.stack([self._seconds(shape, costs) for shape in grid.shapes], dim=1)
         return TextOutcomes(self.features, emitted, taken, grid)

@@ -169,7 +169,7 @@ class PositionPools:
         )[0]  # [s, h]
 
     def draft(self, prefixes: Tensor, top_k: int, depth: int) -> Iterator[tuple[Tensor, CandidatePool]]:
-        """Draft after prefixes of the lengths `prefixes` `[n]`; yield r of the lengths at a time, with their pool."""
+        """Draft after prefixes of the lengths `prefixes` `[n]`; yield r of these lengths at once, and their pool."""
         width = min(top_k, self._model.proposable_tokens)
         for part in prefixes.to(self._outputs.device).split(max(1, _MAX_QUERIES // width)):
             root = Root(self._tokens[0, part - 1], self._outputs[part - 1][:, None])
