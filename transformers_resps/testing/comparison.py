@@ -50,7 +50,7 @@ class ModelUnderTest:
         return unwrapped(self.model)
 
     def plain(self, prompts: Sequence[Tensor], seed: int = 0, **settings: Any) -> Written:
-        """Generate the reference output: by Transformers alone or, in the exact mode, by our plain steps."""
+        """Generate the reference output: by Transformers alone or, in the exact mode, by this package's loop."""
         torch.manual_seed(seed)
         if not self.invariant:
             with detached(self.model):
@@ -97,7 +97,7 @@ class ModelUnderTest:
             yield
 
     def without_settings(self) -> AbstractContextManager[None]:
-        """For a `with` block, give the model default generation settings, without logits processors and end tokens."""
+        """Give the model default generation settings in a `with` block, without logits processors and end tokens."""
         holders = dict.fromkeys((self.model, self.target))  # a PEFT model has its own settings
         changes = [Change(holder, "generation_config", lambda own: GenerationConfig()) for holder in holders]
         return lent.holding(*changes)

@@ -7,7 +7,7 @@ differences. Their covariance is the sum of the tokens' covariances; their quadr
 
 A control shows the power of the test: it picks tokens at the same positions by a wrong rule, which the test must
 detect. The wrong rule, by Leviathan et al. (arXiv 2211.17192), keeps a drafted token with probability `min(1, p / q)`.
-It is right for tokens drawn from q, and wrong for the k best tokens of q.
+Here p is the target's and q the drafter's. The rule is right for tokens drawn from q, wrong for the best tokens of q.
 """
 
 from collections.abc import Sequence
@@ -120,7 +120,7 @@ def goodness_of_fit(probabilities: Tensor, bins: Tensor) -> Fit:
 
 
 def _pooling(covariance: Tensor) -> Tensor:
-    """Decide which bins to merge, for enough variance; return a matrix of 0 and 1 `[merged bins, bins]`."""
+    """Merge bins until each has enough variance; return a 0/1 matrix `[merged bins, bins]` that sums the bins."""
     groups = [[index] for index in range(len(covariance))]
 
     def variance(group: list[int]) -> float:
@@ -138,7 +138,7 @@ def _pooling(covariance: Tensor) -> Tensor:
 
 
 DRAFTED = 4  # Number of bins for drafted tokens, best first.
-_LIKELY = 3  # Number of tokens in the second bin of undrafted tokens; the first has the likeliest, the third the rest.
+_LIKELY = 3  # Tokens in the second bin of undrafted tokens; the first bin has the likeliest token, the third the rest.
 TOKENS = 8  # Number of tokens of each output.
 MIN_ACCEPTED = 16  # Number of accepted drafts that the test needs; the control cannot show that any were accepted.
 

@@ -93,7 +93,7 @@ def explain_divergence(
 
 
 def first_difference(output: Sequence[int], other: Sequence[int]) -> int | None:
-    """Return the first index at which two outputs differ, which may be the end of one; `None` if they are equal."""
+    """Return the first index at which two outputs differ (or the shorter output ends); `None` if they are equal."""
     pairs = enumerate(zip_longest(output, other))
     return next((position for position, (token, another) in pairs if token != another), None)
 

@@ -84,7 +84,7 @@ class NotLosslessError(AssertionError):
 
 
 _DISTRIBUTION_OUTPUTS = 12  # Outputs per seed for the statistical test.
-_ENDS = 8  # Number of an output's first tokens that are each tried as end token.
+_ENDS = 8  # Number of first tokens of an output that are tried as end token, one after another.
 
 
 def assert_lossless(
@@ -185,7 +185,7 @@ def _with_changing_trees(
 
 
 def _ending_calls(model: ModelUnderTest, ids: list[Tensor], settings: dict[str, Any]) -> Iterator[list[ComparedCall]]:
-    """Yield a batch of one call for each of the first tokens of each prompt's output, with this token as end token."""
+    """Yield batches of one call: for each prompt, a call with each of its output's first tokens as the end token."""
     for index, prompt in enumerate(ids):
         output = model.plain([prompt], **settings).outputs[0][:_ENDS].tolist()
         for position, token in enumerate(output):
@@ -226,7 +226,7 @@ class ChangingTrees(Policy):
 
 
 def built_in_prompts(vocabulary: int) -> list[Tensor]:
-    """Make four prompts of random token ids: of 2, 9 and 24 ids, and of 9 ids twice, for lookup."""
+    """Make four prompts of random token ids: of 2, 9 and 24 ids, and of 9 ids and their repetition, for lookup."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(min(3, vocabulary - 1), vocabulary, (44,), generator=generator)
     return [ids[:2], ids[2:11], ids[11:35], ids[35:44].repeat(2)]
