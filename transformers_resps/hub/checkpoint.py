@@ -55,7 +55,7 @@ class CheckpointFiles:
         return None if path is None else _read_json(path)
 
     def places(self, *candidates: str) -> dict[str, str] | None:
-        """Return the file of each tensor (name -> file), from the first existing file of `candidates`, or `None`."""
+        """Map tensor names to file names, by the first existing file of `candidates`; return `None` if none exists."""
         name = next((name for name in candidates if self._path(name) is not None), None)
         if name is None:
             return None

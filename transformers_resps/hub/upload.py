@@ -30,7 +30,7 @@ _WAYS_OUT = {  # by HTTP status
     412: _CHANGED,
     429: "The Hub is busy: run the same command again later.",
 }
-_BUSY = (429, 503)  # HTTP statuses with which the Hub does nothing and asks to try again later.
+_BUSY = (429, 503)  # HTTP statuses of a busy Hub: it has done nothing, and the call may be repeated later.
 _MAX_TRIES, _MAX_WAIT_SECONDS = 5, 60.0
 
 
@@ -47,7 +47,7 @@ class Destination:
 
 @dataclass(frozen=True, slots=True)
 class Existing:
-    """Rules for files that are already in the repository; by default they are overwritten if uploaded, else kept."""
+    """Rules for the repository's existing files. By default uploaded files overwrite them, and the others are kept."""
 
     keep: tuple[str, ...] = ()  # names of files that are not overwritten
     refuse: tuple[str, ...] = ()  # if one of these files exists, raise: it describes the replaced weights
@@ -118,7 +118,7 @@ def _explained(repo_id: str) -> Iterator[None]:
 
 
 def _prepared(destination: Destination, existing: Existing, sleep: Callable[[float], None]) -> ModelInfo:
-    """Create repository and branch if missing, return the repository's info; raise for a file of `existing.refuse`."""
+    """Create repository and branch if missing; return the repository's info. Raise if `existing` refuses a file."""
     api, revision = HfApi(token=destination.token), destination.revision
     made = _patiently(lambda: api.create_repo(destination.repo_id, private=destination.private, exist_ok=True), sleep)
     if revision is not None and not revision.startswith("refs/pr"):
