@@ -132,10 +132,10 @@ def test_a_draft_vocabulary_takes_rows_of_the_output_head_once(
     model = head.bind(target)
     assert model.proposable_tokens == 3 and model.target_ids(torch.tensor([[0, 2]])).tolist() == [[3, 50]]
     torch.testing.assert_close(logits_of(head, target)[0], logits_of(full, target)[0][:, sorted(ids)])
-    project = head._rows.of(target.lm_head, torch.tensor(sorted(ids)), 0)
-    assert head._rows.of(target.lm_head, torch.tensor(sorted(ids)), 0) is project
+    project = head.rows.of(target.lm_head, torch.tensor(sorted(ids)), 0)
+    assert head.rows.of(target.lm_head, torch.tensor(sorted(ids)), 0) is project
     target.lm_head.weight.mul_(2)
-    assert head._rows.of(target.lm_head, torch.tensor(sorted(ids)), 0) is not project
+    assert head.rows.of(target.lm_head, torch.tensor(sorted(ids)), 0) is not project
 
 
 @pytest.mark.parametrize("part", ["head", "embed_tokens"])

@@ -133,7 +133,7 @@ class MtpHead(TrainableSource, nn.Module):
         kept = None if ids is None else torch.tensor(ids, device="cpu")  # not on meta, even if the layers are
         self.register_buffer("_draft_token_ids", kept, persistent=False)
         self._packed = PackedWeights()
-        self._rows = KeptRows()
+        self.rows = KeptRows()
 
     def _numbered(self, name: str) -> str:
         """Convert our tensor name to DeepSeek-V3's, which numbers MTP layers after the target's layers."""
@@ -390,7 +390,7 @@ class MtpHead(TrainableSource, nn.Module):
     def bind(self, target: PreTrainedModel, forward: Callable[..., Tensor] | None = None) -> "BoundMtp":
         self.prepare(target)
         layers = self._packed.view(self.layers) if forward is None else self.layers
-        return BoundMtp(self, target, layers, self._rows, forward)
+        return BoundMtp(self, target, layers, forward)
 
 
 def _configured(config: MtpConfig, settings: dict[str, Any]) -> MtpConfig:
@@ -455,15 +455,10 @@ class BoundMtp(TrainableModel):
     """
 
     def __init__(
-        self,
-        head: MtpHead,
-        target: PreTrainedModel,
-        layers: nn.Module,
-        rows: KeptRows,
-        forward: Callable[..., Tensor] | None = None,
+        self, head: MtpHead, target: PreTrainedModel, layers: nn.Module, forward: Callable[..., Tensor] | None
     ) -> None:
         config, decoder, text = head.settings, target.get_decoder(), target.config.get_text_config()
-        self._head, self._config, self._rows, self._layers = head, config, rows, list(cast(Any, layers))
+        self._head, self._config, self._layers = head, config, list(cast(Any, layers))
         self._forward = forward
         self.depths = config.depths
         self.device, self.dtype = head.device, head.dtype
@@ -488,7 +483,7 @@ class BoundMtp(TrainableModel):
         self.proposable_tokens = text.vocab_size if self._ids is None else len(self._ids)
         self._projections: list[Any] = self._outputs if self._ids is None else []
         if self._ids is not None and forward is None:  # training changes weights, so no rows are packed
-            self._projections = [rows.of(one, self._ids, depth) for depth, one in enumerate(self._outputs)]
+            self._projections = [head.rows.of(one, self._ids, depth) for depth, one in enumerate(self._outputs)]
 
     @property
     def modules(self) -> nn.ModuleList:
@@ -540,7 +535,7 @@ class BoundMtp(TrainableModel):
             project = self._projections[depth]
         else:
             assert self._ids is not None
-            project = self._rows.of(head, self._ids, depth)
+            project = self._head.rows.of(head, self._ids, depth)
         return project(normed.to(head.weight.device, head.weight.dtype)).to(self.device, torch.float32)
 
     def output_rows(self, depth: int = 0) -> tuple[Tensor, Tensor | None]:

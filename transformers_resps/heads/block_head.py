@@ -25,7 +25,7 @@ from ..verifying.masks import AttentionPattern
 from .config import BlockHeadConfig
 from .formats.blocks import read_block
 from .formats.writing import export_block_head
-from .fresh import block_fields, fresh_head, start_layers
+from .fresh import block_fields, draft_vocabulary, fresh_head, start_layers
 from .identity import parameter_fingerprint
 from .model import Attend, BoundModel, DraftHead, HeadAttention, HeadModel, Rope, with_masks
 
@@ -277,7 +277,7 @@ class BlockHead(HeadModel):
         possible. It reads five feature layers, as in DFlash, and has a Markov correction that starts at zero.
         """
         fields = block_fields(target, feature_layers, overrides)
-        head = fresh_head(cls, target, draft_vocab_size, draft_token_ids, fields)
+        head = fresh_head(cls, target, draft_vocabulary(target, draft_vocab_size, draft_token_ids), fields)
         start_layers(head.layers, head.hidden_norm, target)
         if isinstance(head.correction, MarkovHead):
             nn.init.zeros_(head.correction.table)

@@ -60,7 +60,6 @@ def fresh_head(
     """Create an untrained head of class `kind` whose config has these `fields`; see `DraftHead.from_target`. To
     train faster, `fc` at first passes on the deepest feature, and the norm and output rows are copied from the target.
     """
-    rows = draft_vocabulary(target, draft_vocab_size, draft_token_ids)
     head: Any = kind(_config(kind, target, None if rows is None else len(rows), fields))
     head.to(device=target.device, dtype=target.dtype)
     width, output = head.config.hidden_size, output_layer(target)

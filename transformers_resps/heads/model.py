@@ -28,7 +28,7 @@ from .config import DraftHeadConfig, HeadConfig
 from .formats.reading import canonical_head, read_checkpoint, read_eagle, split_keywords
 from .formats.tensor_names import check_exact
 from .formats.writing import export_head
-from .fresh import fresh_head
+from .fresh import draft_vocabulary, fresh_head
 from .identity import check_is_model, check_made_for, target_identity
 
 
@@ -450,7 +450,8 @@ class DraftHead(HeadModel):
         a `ValueError` if an id is not in the target's vocabulary, or if the config does not fit the target.
         """
         layers = {} if feature_layers is None else {"feature_layers": feature_layers}
-        return fresh_head(cls, target, draft_vocab_size, draft_token_ids, layers | overrides)
+        rows = draft_vocabulary(target, draft_vocab_size, draft_token_ids)
+        return fresh_head(cls, target, rows, layers | overrides)
 
     @classmethod
     def untrained(cls, target: PreTrainedModel, draft_token_ids: Tensor | None, levels: int, **fields: Any) -> Self:

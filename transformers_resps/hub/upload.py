@@ -74,17 +74,10 @@ def upload(
         held, kept = _names(before), set(existing.keep)
         added = [CommitOperationAdd(name, file) for name, file in files.items() if name not in held & kept]
         removed = [CommitOperationDelete(name) for name in sorted(held - files.keys()) if existing.remove(name)]
-        commit = _patiently(
-            lambda: HfApi(token=destination.token).create_commit(
-                before.id,
-                [*added, *removed],
-                commit_message=message,
-                revision=destination.revision,
-                create_pr=destination.create_pr,
-                parent_commit=None if destination.create_pr else before.sha,
-            ),
-            sleep,
-        )
+        api, parent = HfApi(token=destination.token), None if destination.create_pr else before.sha
+        where: Any = {"revision": destination.revision, "create_pr": destination.create_pr, "parent_commit": parent}
+        changes: Any = [*added, *removed]
+        commit = _patiently(lambda: api.create_commit(before.id, changes, commit_message=message, **where), sleep)
         return commit.pr_url or commit.commit_url
 
 

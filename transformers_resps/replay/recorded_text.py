@@ -160,13 +160,8 @@ class PositionPools:
         self._cache = DraftCache(device=device)
         self._cache.reserve(count)
         self._tokens = tokens.to(device)
-        self._outputs = model.run(
-            0,
-            self._tokens,
-            model.fuse(features.to(device, model.dtype)),
-            model.places(torch.arange(count, device=device)[None]),
-            self._cache.attend(0, count, mask=mask),
-        )[0]  # [s, h]
+        fused, entries = model.fuse(features.to(device, model.dtype)), self._cache.attend(0, count, mask=mask)
+        self._outputs = model.run(0, self._tokens, fused, model.places(order[None]), entries)[0]  # [s, h]
 
     def draft(self, prefixes: Tensor, top_k: int, depth: int) -> Iterator[tuple[Tensor, CandidatePool]]:
         """Draft after prefixes of the lengths `prefixes` `[n]`; yield r of these lengths at once, and their pool."""

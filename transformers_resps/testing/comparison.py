@@ -81,14 +81,9 @@ class ModelUnderTest:
         return Written([up_to_end(row, ends) for row in generated], generated, drawn)
 
     def _generate(self, prompts: Sequence[Tensor], **settings: Any) -> Any:
-        ids, mask = left_padded(prompts)
-        return self.model.generate(
-            input_ids=ids.to(self.target.device),
-            attention_mask=mask.to(self.target.device),
-            pad_token_id=0,
-            return_dict_in_generate=True,
-            **settings,
-        )
+        ids, mask = (part.to(self.target.device) for part in left_padded(prompts))
+        settings |= {"pad_token_id": 0, "return_dict_in_generate": True}
+        return self.model.generate(input_ids=ids, attention_mask=mask, **settings)
 
     @contextmanager
     def undisturbed(self) -> Iterator[None]:

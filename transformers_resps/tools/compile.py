@@ -30,20 +30,13 @@ def run(args: argparse.Namespace) -> int:
     with engine.borrow(target) as lent:
         if args.only_as and lent.packages.identity != args.only_as:
             raise ValueError("The model differs from its checkpoint. Pass `compile=True` to wait for the code.")
-    tokens = AutoTokenizer.from_pretrained(args.target)(_TEXT, return_tensors="pt").input_ids
+    tokens = AutoTokenizer.from_pretrained(args.target)(_TEXT, return_tensors="pt").input_ids.repeat(args.rows, 1)
+    length = {"max_new_tokens": _NEW_TOKENS, "min_new_tokens": _NEW_TOKENS}
+    prompt = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
     for head in (None, *args.heads):
         source = load_source(head, target)
         policy = FixedPolicy(TreeShape(1, 0, 1, lookup=4) if source is None else _TREE)
-        target.generate(
-            tokens.repeat(args.rows, 1),
-            attention_mask=torch.ones(args.rows, tokens.shape[1], dtype=torch.long),
-            assistant_model=source,
-            policy=policy,
-            compile=True,
-            max_new_tokens=_NEW_TOKENS,
-            min_new_tokens=_NEW_TOKENS,
-            do_sample=False,
-        )
+        target.generate(**prompt, assistant_model=source, policy=policy, compile=True, do_sample=False, **length)
     if not engine.is_stored(target, is_batch=args.rows > 1):
         full = f"Its code cannot be kept in {folder}. Name another folder in {FOLDER_VARIABLE}."
         raise ValueError(engine.obstacle or full)

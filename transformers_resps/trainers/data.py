@@ -75,8 +75,8 @@ class HeadTexts:
                 f"`max_length` is {args.max_length}, but the target reads at most {context} tokens. Lower "
                 "`max_length`."
             )
-        self._vocab_size = text_config(target).vocab_size
-        self._max_length: int = args.max_length or context
+        sizes = {"max_length": args.max_length or context, "vocab_size": text_config(target).vocab_size}
+        self._options: dict[str, Any] = sizes | {"num_proc": args.dataset_num_proc}
         self._args = args
         self._seed = args.seed if args.data_seed is None else args.data_seed
         self.tokenizer = load_tokenizer(target, processing_class)  # may be `None` for datasets of token ids
@@ -96,15 +96,7 @@ class HeadTexts:
         if self.processor is None and shows_images(dataset) and "image" in self._target.input_modalities:
             self.processor = load_processor(self._target, self._processing_class)
         with self._args.main_process_first(desc=f"tokenizing {name}"):
-            return prepare_dataset(
-                dataset,
-                name,
-                self.tokenizer,
-                max_length=self._max_length,
-                vocab_size=self._vocab_size,
-                num_proc=self._args.dataset_num_proc,
-                processor=self.processor,
-            )
+            return prepare_dataset(dataset, name, self.tokenizer, processor=self.processor, **self._options)
 
     def texts(self, rows: Any, target: FrozenTarget) -> PreparedTexts | StreamedBatches:
         """Wrap prepared `rows` for `loader`; with `feature_cache_dir`, add features, which `target` computes."""

@@ -134,21 +134,15 @@ class BlockObjective(Objective):
         for level, rows in enumerate(learnt):
             of_level = replace(teacher, hidden=teacher.hidden[level][rows])
             context = None if contexts is None else contexts[level][rows]
-            found = self._of_slots(head, bound, hidden[level][rows], context, before[level][rows], of_level)
+            found = self._of_slots(bound, hidden[level][rows], context, before[level][rows], of_level)
             parts.append((found[0] * self.decay**level / share, *found[1:]))
         loss, losses, hits = (torch.cat([part.reshape(-1) for part in same]) for same in zip(*parts, strict=True))
         return Loss(loss.sum(), losses, hits, exists.sum((1, 2)))
 
     def _of_slots(
-        self,
-        head: BlockHead,
-        bound: BoundBlockHead,
-        states: Tensor,
-        context: Tensor | None,
-        before: Tensor,
-        teacher: Teacher,
+        self, bound: BoundBlockHead, states: Tensor, context: Tensor | None, before: Tensor, teacher: Teacher
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return `soft_cross_entropy`'s results for n outputs, with a selector's or confidence head's loss added."""
+        """Compute n outputs' loss at a level: `soft_cross_entropy`, plus losses of a selector or confidence head."""
         normed, (weight, bias), correction = bound.normed(states), bound.output_rows(), head.correction
         added = (context, correction.table) if context is not None and isinstance(correction, MarkovHead) else None
         ones, pair = normed.new_ones(1, len(normed), dtype=torch.float32), added and (added[0][None], added[1])

@@ -132,16 +132,10 @@ class ReplayRollouts(Rollouts):
             positions, stops, lanes = ends_at[alive], stops[alive], lanes[alive]
         order, positions, actions, log_probs, ends = (torch.cat(parts) for parts in zip(*rounds, strict=True))
         order = order.sort(stable=True).indices  # by text, and within a text by step
-        all_outcomes = held.at(positions[order])
-        return Decisions(
-            self.table.features[positions[order]],
-            actions[order],
-            log_probs[order],
-            all_outcomes.of_actions(actions[order]),
-            ends[order],
-            all_outcomes,
-            float(self.table.best_seconds[texts].sum()),
-        )
+        positions, actions, log_probs, ends = (part[order] for part in (positions, actions, log_probs, ends))
+        every, oracle = held.at(positions), float(self.table.best_seconds[texts].sum())
+        taken = every.of_actions(actions)
+        return Decisions(self.table.features[positions], actions, log_probs, taken, ends, every, oracle)
 
 
 @dataclass(slots=True)
