@@ -1,1 +1,1 @@
-"""The target: its forward over a tree, its features, tree attention, and the caches that hold a tree."""
+"""Run the target: forwards over draft trees, their attention and caches, and the features that draft heads read."""

@@ -28,13 +28,13 @@ STOCK, GROUPED = "sdpa", "resps_grouped_sdpa"  # names of Transformers' attentio
 # Each row of a mask begins at a multiple of this number of elements. PyTorch's memory-efficient kernel needs 8, in
 # older releases 16, and copies any other mask (`preprocess_mask` in ATen's `attention.cpp`).
 _ALIGNMENT = 16
-_OF_SDPA_ALONE = ("softcap", "position_bias")  # options that change the result and that `attend` lacks
+_OF_SDPA_ALONE = ("softcap", "position_bias")  # options that change the result, and that `attend` does not support
 
 
 class PackedNodes:
     """Packs r nodes of several rows into one row, so that a forward computes only these nodes, and no padding.
 
-    `places` `[r]` are the packed nodes' indices in the flattened nodes `[b, n]`; the mask `are_computed` marks them.
+    `places` `[r]` are the packed nodes' indices among the `b * n` nodes of all rows; `are_computed` is their mask.
     """
 
     def __init__(self, places: Tensor, rows: int, count: int) -> None:
@@ -128,7 +128,7 @@ def use_gqa_attention(target: PreTrainedModel) -> Iterator[None]:
 
     At each forward, layers look up their attention's name in the config. The name is changed only for forwards over
     trees, so that prompts, and other users of the target, get exactly `sdpa`. Other threads that run the target may
-    see either name; results are equal up to rounding. With FlashAttention, `_flash_or_tree` chooses by the mask.
+    see either name; results are equal up to rounding. With FlashAttention, `_flash_or_tree` selects one by the mask.
     """
     config = target.config.get_text_config()
     name = config._attn_implementation
@@ -140,7 +140,7 @@ def use_gqa_attention(target: PreTrainedModel) -> Iterator[None]:
 
 
 def is_flash(attention: str) -> bool:
-    """Whether an attention implementation is FlashAttention, of any release or from the Hub."""
+    """Whether `attention` names a FlashAttention implementation, of any release or from the Hub."""
     return "flash" in attention and not attention.startswith("paged|")
 
 
@@ -154,6 +154,6 @@ def _flash_or_tree(
     *args: Any,
     **options: Any,
 ) -> Any:
-    """Run `grouped_attention` if the mask is a tree's, with 4 dimensions; else `flash`, whose masks are `[b, s]`."""
+    """Run `grouped_attention` if the mask has 4 dimensions, as for trees; else run `flash`, whose masks have 2."""
     takes = flash if attention_mask is None or attention_mask.dim() < 4 else grouped_attention
     return takes(module, query, key, value, attention_mask, *args, **options)

@@ -1,6 +1,6 @@
 """Functions for Transformers' caches that hold trees: grow in place, keep an accepted path, crop, pick and copy rows.
 
-Apart from `slots`, most code that touches the inside of these caches is here.
+Most code that depends on the internals of these caches is here or in `slots`.
 """
 
 import copy
@@ -65,7 +65,7 @@ class PreallocatedLayer(DynamicLayer):
         return self.keys is self._shown
 
     def move_to(self, buffer: "SharedBuffer", keys: Tensor, values: Tensor) -> None:
-        """Store entries from now on in `keys` and `values` `[b, kv heads, size, hd]`, which hold the old ones, too."""
+        """Change the storage to `keys` and `values` `[b, kv heads, size, hd]`, which already hold the old entries."""
         self.buffer, self._own = buffer, (keys, values)
         self._show(self.get_seq_length())
 
@@ -76,7 +76,7 @@ class PreallocatedLayer(DynamicLayer):
 
 
 class SharedBuffer:
-    """Holds entries `[layers, b, kv heads, size, hd]` of several layers, to move nodes in all layers at once.
+    """Buffers `[layers, b, kv heads, size, hd]` for several layers' keys and values, to move nodes in all at once.
 
     `size` exceeds the length of every layer. Layers may have different lengths, and keys another `hd` than values.
     """
@@ -114,7 +114,7 @@ def restore_stock_layers(cache: Cache) -> None:
 
 
 def entries_of(layers: Iterable[CacheLayer]) -> Iterator[Tensor]:
-    """Yield keys and values as writable views `[any, b, kv heads, s, hd]`: of one layer, or of all in one buffer."""
+    """Yield writable views `[any, b, kv heads, s, hd]` of keys and values, for each shared buffer or single layer."""
     buffers: dict[int, list[Tensor] | None] = {}
     for layer in layers:
         buffer = layer.buffer if isinstance(layer, PreallocatedLayer) else None
@@ -355,7 +355,7 @@ def joined_rows(caches: list[Cache]) -> Cache:
 
 
 def _newest(states: Tensor, path: Tensor, node_count: int, counts: Tensor, most: int) -> Tensor:
-    """Gather each row's last `most` entries: entries before the tree, then the first `counts` `[b]` of the path."""
+    """Gather each row's last `most` entries: first entries before the tree, then `counts` `[b]` nodes of the path."""
     past = states.shape[-2] - node_count
     order = torch.arange(most, device=path.device) + (past - most + counts)[:, None]  # [b, most]; nodes from `past` on
     nodes = path.gather(1, (order - past).clamp(0, path.shape[1] - 1))
@@ -363,7 +363,7 @@ def _newest(states: Tensor, path: Tensor, node_count: int, counts: Tensor, most:
 
 
 def replace_entries(layer: CacheLayer, states: list[Tensor], length: int) -> None:
-    """Set a layer's keys and values to `states`, `[b, heads, s, hd]` each, the last s of `length` seen positions."""
+    """Set a layer's keys and values to the two `states` `[b, heads, s, hd]`, for the last s of `length` positions."""
     layer.keys, layer.values = states
     if hasattr(layer, "cumulative_length"):
         layer.cumulative_length = length
@@ -375,7 +375,7 @@ def _along_positions(positions: Tensor, states: Tensor) -> Tensor:
 
 
 def _move_forward(states: Tensor, path: Tensor, start: int) -> None:
-    """Move the path's entries in `states` `[layers, b, heads, s, hd]` to slot `start`, where the tree begins."""
+    """Move the path's entries in `states` `[layers, b, heads, s, hd]` to the tree's first slots, from `start` on."""
     slots = path.to(states.device) + start
     if len(path) == 1:
         kept = states.index_select(3, slots[0])

@@ -42,9 +42,9 @@ class TargetOutputs(Protocol):
 class FeatureTap:
     """Catches hidden states of `target` by hooks, which are installed inside a `with` block and work during `record`.
 
-    `layers` are ascending indices as in `output_hidden_states`: j is the input of layer j. With L layers, L is the
-    last layer's output before the final norm, and L + 1 the output of that norm. With `before_deepstack`, j is the
-    output of layer j - 1 before DeepStack adds image features. Raises a `ValueError` if the target lacks one of these.
+    `layers` are ascending indices as in `output_hidden_states`: j means the input of layer j. With L layers, L means
+    the last layer's output before the final norm, and L + 1 that norm's output. With `before_deepstack`, j means the
+    output of layer j - 1 before DeepStack adds image features. Raises a `ValueError` if an index does not exist.
     """
 
     def __init__(self, target: PreTrainedModel, layers: list[int], *, before_deepstack: bool = False) -> None:
@@ -203,8 +203,8 @@ class TargetForward:
     def read_by(self, run: Callable[[], Result]) -> tuple[Result, Features, Tensor | None]:
         """Call `run`, which runs the target over a prompt; return its result, the features and the position ids.
 
-        The position ids `[..., t]`, or `None`, are the ones that the text decoder got in the last forward: PaliGemma
-        counts from 1, unlike `generate`. Raises a `ValueError` for a compiled target, since it ignores hooks.
+        The position ids `[..., t]` are the text decoder's in the last forward, or `None` if it got none.
+        PaliGemma's begin at 1, unlike `generate`'s. Raises a `ValueError` for a compiled target, which ignores hooks.
         """
         if is_compiled(self.target):
             raise ValueError(
@@ -227,7 +227,7 @@ class TargetForward:
             return self._run(tokens, mask, positions, **options)
 
     def keep_rows(self, rows: list[int]) -> None:
-        """Keep only these rows of an encoder's outputs, if there is an encoder; the caller drops the cache's rows."""
+        """Keep only these rows of the encoder's outputs, if any; the caller drops rows of the decoder's cache."""
 
     def inputs(self, tokens: Tensor, mask: Masks, positions: Tensor) -> dict[str, Any]:
         inputs = {"input_ids": tokens, "attention_mask": mask, "position_ids": positions}
@@ -244,7 +244,7 @@ class TargetForward:
 
 
 class EncoderDecoderForward(TargetForward):
-    """Runs the decoder of an encoder-decoder; entries of trees are in the `self_attention_cache` of `cache`.
+    """Runs the decoder of an encoder-decoder; a tree's keys and values go to the `self_attention_cache` of `cache`.
 
     `encoder_outputs` and `encoder_mask` (`[b, input length]`, or `None`) come from Transformers' `generate`.
     """
@@ -303,7 +303,7 @@ def skips_positions(target: PreTrainedModel) -> bool:
 
 
 def gives_hidden_states(target: PreTrainedModel, layers: list[int]) -> bool:
-    """Whether `output_hidden_states` returns these states; it lacks the last layer's states before the final norm."""
+    """Whether `output_hidden_states` returns the states of `layers`; not the last layer's before the final norm."""
     return target.config.get_text_config().num_hidden_layers not in layers
 
 

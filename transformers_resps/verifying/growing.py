@@ -78,7 +78,7 @@ class TreeVerifier(Verifier):
         self.forward.keep_rows(rows)
 
     def close(self) -> None:
-        """See `Verifier.close`. If the newest tree is only a root that has changed recurrent states, it is kept."""
+        """See `Verifier.close`. A newest tree of only a root is kept if it has already changed recurrent states."""
         if self._mixers and self._newest_nodes == 1:
             self.rows.slots.extend([1] * len(self.rows))
             crop(self.forward.cache, 0)
@@ -86,7 +86,7 @@ class TreeVerifier(Verifier):
 
 
 class GrowingMode(VerifyingMode):
-    """Verifies trees with a dynamic cache, without compiled code."""
+    """Makes verifiers that use a dynamic cache, without compiled code."""
 
     def __str__(self) -> str:
         return "growing cache"

@@ -1,8 +1,8 @@
 """Verify trees with hybrid targets, whose recurrent layers (mixers) keep a state.
 
-In a mixer, tokens affect each other only by its convolution and its scan. For a tree our functions replace both, and
-compute all paths at once without changing a state. They note the values that each node contributes. When a path is
-accepted, the noted values of its nodes advance the states of all layers at once, without the mixers' projections.
+In a mixer, tokens affect each other only through its convolution and its scan. For a tree, functions of this module
+replace both: they compute all paths at once without changing a state, and store the values by which each node would
+change it. When a path is accepted, these values update the states of all layers, without running the mixers again.
 Related: STree (arXiv 2505.14969), and "The Mamba in the Llama" (arXiv 2408.15237), section 4.
 """
 
@@ -68,7 +68,7 @@ def is_recurrent(model: PreTrainedModel) -> bool:
 
 
 def known_mixers(model: nn.Module) -> dict[int, nn.Module]:
-    """Map the indices of recurrent layers to their mixers, such as Mamba's, if trees can be computed over them."""
+    """Map each recurrent layer's index to its mixer (such as Mamba's), if that mixer's class supports trees."""
     found, modules = dict[int, nn.Module](), list[Any](model.modules())
     for module in modules:
         folder = _MIXERS.get(type(module).__name__)
@@ -99,7 +99,7 @@ def recurrence_obstacle(model: PreTrainedModel) -> str | None:
 
 
 class LayerStates(NamedTuple):
-    """The states of one recurrent layer, of c channels; k and v are the widths of a head's keys and values."""
+    """The states of one recurrent layer with c channels; k and v are the widths of a head's keys and values."""
 
     convolution: Tensor  # [b, c, kernel]
     recurrence: Tensor | None  # [b, heads, k, v]; `None` for a short convolution
@@ -133,7 +133,7 @@ _REPLACED = (
 
 
 class WholeTree:
-    """Computes a tree in the recurrent layers during one forward of the target: each node once, and no state changes.
+    """Computes a tree in the recurrent layers during one forward of the target, without changing their states.
 
     The functions that replace scans and convolutions get this object as `resps_tree`; see `_TreeReader`. `depths`
     `[b, n]` and `ancestors` `[b, n, n]` are a `DraftTree`'s; `states` holds each layer's states before the tree.
@@ -215,7 +215,7 @@ class WholeTree:
     ) -> Any:
         """Compute Mamba-2's scan `[b, n, heads, v]` of n nodes, each from its parent's state.
 
-        With `return_final_states` also return the state before the tree: which nodes are accepted is not known yet.
+        With `return_final_states` also return the unchanged state before the tree, since no node is accepted yet.
         """
         # Time steps are not clamped: Transformers clamps them for several tokens, but plain decoding runs single ones.
         time_steps = softplus(dt + dt_bias.to(dt.dtype)).float()[..., None]
@@ -258,7 +258,7 @@ class WholeTree:
     def noted(self, layer: int) -> list[Tensor]:
         """Return the inputs `[b, c, n]` of a layer's convolution, and if it has a scan, the tensors of its `_Updates`.
 
-        Raises a `ValueError` if the layer did not call the functions that we replaced.
+        Raises a `ValueError` if the layer did not call the replaced functions.
         """
         if layer not in self._inputs or (self._states[layer].recurrence is not None) != (layer in self._updates):
             raise ValueError(
@@ -292,7 +292,7 @@ def _products(left: Tensor, right: Tensor, between: Tensor) -> Tensor:
 
 
 def _without_autocast(device_type: str) -> AbstractContextManager[object]:
-    """Return a context without autocast: plain decoding does not cast its operations on states either."""
+    """Return a context that disables autocast, because plain decoding does not cast operations on states either."""
     return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
 
 
@@ -374,7 +374,7 @@ class StateKinds:
         return [part for _, is_scanned in self._kinds for part in (".b..", *[".b..."] * is_scanned)]
 
     def held_by(self, cache: Cache) -> dict[int, LayerStates]:
-        """Return the recurrent states in a cache by layer index, not copied."""
+        """Map each recurrent layer's index to its states in a cache, without copying the states."""
         return {layer: _states_in(cache, layer) for layers, _ in self._kinds for layer in layers}
 
     def stacked(self, cache: Cache) -> list[Tensor]:
@@ -413,7 +413,7 @@ class StateKinds:
         return found
 
     def advance(self, states: Mapping[int, LayerStates], noted: Sequence[Tensor], path: Tensor) -> None:
-        """Advance `states` in place by the `noted` values of `path` `[b, m]`; a shorter row repeats its last node."""
+        """Advance `states` in place by the `noted` values along `path` `[b, m]`; short rows repeat their last node."""
         is_kept = torch.diff(path, prepend=path.new_full((len(path), 1), -1)) != 0
         notes = iter(noted)
         for layers, is_scanned in self._kinds:

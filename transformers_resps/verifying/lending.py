@@ -33,7 +33,7 @@ class _Loan:
 class Lent:
     """Changes attributes while calls run; calls of several threads may overlap.
 
-    The last call that ends restores the original value, unless other code has set the attribute meanwhile.
+    When the last call ends, the original value is restored, unless other code has set the attribute meanwhile.
     """
 
     def __init__(self) -> None:

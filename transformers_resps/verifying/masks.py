@@ -1,6 +1,6 @@
 """Compute the positions of a tree's nodes, and the attention mask of each layer type.
 
-To support a new type of attention, add its name to `ATTENTION_TYPES`, and a field that `AttentionPattern.mask` reads.
+For a new type of attention, add its name to `ATTENTION_TYPES`, and to `AttentionPattern` a field that `mask` uses.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ RECURRENT_TYPES = frozenset(("linear_attention", "conv", "mamba"))
 HYBRID_TYPES = {"hybrid": "full_attention", "hybrid_sliding": "sliding_attention"}
 # Layer types that compute each token by itself.
 FEED_FORWARD_TYPES = frozenset(("mlp", "moe"))
-# Config fields that hold the number of learned positions: in Whisper, in LED, in all others.
+# Config fields with the number of learned position embeddings: Whisper's, LED's, and all other models'.
 _TABLE_SIZES = ("max_target_positions", "max_decoder_position_embeddings", "max_position_embeddings")
 
 # The additive mask of a target's forward, or a dict of them by layer type; `None` where the target needs none.
@@ -30,7 +30,7 @@ Masks = Tensor | dict[str | None, Tensor | None] | None
 
 @dataclass(frozen=True, slots=True)
 class AttentionPattern:
-    """Defines which keys a query attends to, by the positions of both; all layers of one type share a pattern."""
+    """Defines, by positions, which keys a query attends to; all layers of the same type share one pattern."""
 
     window: int | None = None  # number of positions that a query sees, up to its own; `None`: all
     is_causal: bool = True  # whether a query sees no later position
@@ -38,8 +38,8 @@ class AttentionPattern:
     def mask(self, queries: Tensor, keys: Tensor, seen: Tensor | None = None) -> Tensor:
         """Make the bool mask `[..., q, s]`, true where a query sees a key; `queries` and `keys` are positions.
 
-        The positions broadcast to the mask's shape. If `seen` is given, it is a mask that already hides padding, other
-        branches and later keys, and only the window is added. Without `seen` only the positions decide.
+        Both broadcast to the mask's shape. `seen` is a bool mask that already hides padding, other branches and later
+        keys; the result also hides keys outside the window. Without `seen`, positions alone decide.
         """
         if seen is None:
             seen = keys <= queries if self.is_causal else torch.ones_like(queries - keys, dtype=torch.bool)
@@ -51,10 +51,10 @@ class AttentionPattern:
 
 
 def additive(seen: Tensor, dtype: torch.dtype, *, past: int = 0, hidden: float | None = None) -> Tensor:
-    """Turn a bool mask into an additive one: 0 where seen, else `hidden`, by default the dtype's minimum.
+    """Turn the bool mask `seen` into an additive mask: 0 where true, else `hidden` (default: the dtype's minimum).
 
-    Columns for `past` more keys, which all queries see, come first. Targets get no bool masks, because eager attention
-    would add them to the scores, which hides nothing.
+    The result begins with `past` more columns, for keys that all queries see. Targets get no bool masks, because eager
+    attention would add such a mask to the scores, and so hide nothing.
     """
     mask = seen.new_zeros(*seen.shape[:-1], past + seen.shape[-1], dtype=dtype)
     mask[..., past:].masked_fill_(~seen, torch.finfo(dtype).min if hidden is None else hidden)
@@ -72,9 +72,9 @@ def unknown_layer_types(model: PreTrainedModel) -> set[str]:
 
 
 def attention_patterns(config: PretrainedConfig, cache: Cache) -> dict[str | None, AttentionPattern | None]:
-    """Map each layer type to its pattern; the keys are the names by which the target looks up its masks.
+    """Map each layer type to its pattern; the target looks up its masks by the same keys.
 
-    The pattern is `None` for layers without attention. A config without types has one pattern, under the key `None`.
+    The pattern is `None` for layers without attention. A config without layer types gives one pattern, at key `None`.
     """
     types = getattr(config.get_text_config(), "layer_types", None)
     if not types:
@@ -94,12 +94,12 @@ def tree_attention_mask(
     dtype: torch.dtype,
     ends: Tensor | None = None,
 ) -> Masks:
-    """Make the additive mask of a tree whose keys will be appended to a cache.
+    """Make the additive attention mask of a forward over a tree, whose keys will be appended to `cache`.
 
-    `prefix_mask` `[b, s]` is 0 where a cache slot is empty or holds padding; `None` without such slots. `ends`
+    `prefix_mask` `[b, s]` is 0 where a cache slot is empty or holds padding; `None` if there are no such slots. `ends`
     `[b, 1]` is the first slot after each row's text; `None` if all rows end where the cache ends.
 
-    Returns `[b, 1, n, visible past + n]`, or a dict of such masks by layer type, `None` for layers without attention.
+    Returns a mask `[b, 1, n, visible past + n]`, or a dict from layer type to mask (`None` for no attention).
     """
     (rows, count), device, past = tree.tokens.shape, tree.tokens.device, cached_length(cache)
 
@@ -128,15 +128,15 @@ def tree_attention_mask(
 
 
 def tree_positions(tree: DraftTree, root_positions: Tensor | float) -> Tensor:
-    """Add the nodes' depths to the roots' position ids, `[..., b, 1]` or one number for all rows: `[..., b, n]`."""
+    """Return the nodes' position ids `[..., b, n]`: depths plus `root_positions`, `[..., b, 1]` or one number."""
     return tree.depths + root_positions
 
 
 def last_position(config: PretrainedConfig, root_position: int) -> int | None:
-    """Find the largest position that nodes may have if the first root has `root_position`; `None` without a limit.
+    """Return the largest position that nodes may have if the first root has `root_position`; `None` without a limit.
 
-    One limit is the end of a table of learned positions. The other is the end of the original context with 'longrope':
-    a later position changes the frequencies of all tokens of its forward, and plain decoding runs tokens one by one.
+    Learned position embeddings limit it to the size of their table, and 'longrope' to the end of the original context:
+    a later node would change the RoPE frequencies of earlier nodes in its forward, unlike in plain decoding.
     """
     config = config.get_text_config()
     boundary = longrope_boundary(config)

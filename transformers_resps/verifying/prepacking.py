@@ -1,7 +1,7 @@
 """Linear layers with prepacked weights, which multiply few rows fast, such as the nodes of a tree.
 
-On a CPU `torch.nn.Linear` reorders its weights at every call, so in float32 the 2 to 64 rows of a tree cost two to
-four times one row (on AVX2 SmolLM2's forward takes 57 ms over one token and 99 ms over eight; packed 45 and 66 ms).
+On a CPU `torch.nn.Linear` reorders its weights at every call, so in float32 the 2 to 64 rows of a tree take two to
+four times as long as one row (SmolLM2's forward on AVX2: one token 57 ms, eight 99 ms; packed 45 and 66 ms).
 A packed layer keeps its weights in oneDNN's blocked layout. On AVX2 a row's result then does not depend on the number
 of rows; on AVX-512 this holds only for some sizes of layers. On CPUs that multiply bfloat16 (AVX-512 and later),
 packed bfloat16 layers are faster for any number of rows (SmolLM2 on Zen 4: 41 and 51 ms; packed 34 and 35 ms).
@@ -28,7 +28,7 @@ _ROWS = 8
 
 
 class PackedWeight:
-    """Keeps the packed copy of one weight, and packs again when the weight has changed."""
+    """Keeps the packed copy of one weight, and makes a new copy when the weight has changed."""
 
     def __init__(self) -> None:
         self._weight: Tensor | None = None
@@ -87,7 +87,7 @@ def _multiplied(input: Tensor, blocks: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class PackedWeights:
-    """Keeps a module's packed weights, so that the next `view` need not pack them again. The module is not changed."""
+    """Keeps packed copies of a module's weights, so that the next `view` reuses them. The module is not changed."""
 
     def __init__(self) -> None:
         self._weights: dict[str, PackedWeight] = {}
@@ -146,9 +146,9 @@ def prepack(module: Module) -> Module:
     """Prepack the weights of a module's linear layers, so that they multiply few rows faster.
 
     Speeds up plain decoding and trees on CPUs, in float32, and in bfloat16 if the CPU multiplies it; elsewhere layers
-    work as before. Packed copies take as much memory as the weights. The memory of weights that still lie in the
-    checkpoint's file is freed; they are read from there when needed. Results differ by rounding at most. Changes of
-    weights through `.data`, as in PEFT's merge, are not noticed: call `prepack` again after them.
+    work as before. Packed copies take as much memory as the weights. Weights that are memory-mapped from the
+    checkpoint's file are removed from memory, and read again when needed. Results differ by rounding at most. Changes
+    of weights through `.data`, as in PEFT's merge, are not noticed: call `prepack` again after them.
 
     Returns `module`, which is changed in place: layers that are exactly `nn.Linear` become `PrepackedLinear`, with the
     same parameters and names. Quantized layers are not changed, and a warning names one of them. Raises a `ValueError`
@@ -210,7 +210,7 @@ def _is_plain(weight: Tensor) -> bool:
 
 
 def _can_prepack(weight: Tensor) -> bool:
-    """Whether a weight can be packed. An inference tensor has no version, so its packed copy could become stale."""
+    """Whether a weight can be packed; not an inference tensor: it has no version, so changes would go unnoticed."""
     return (
         _is_plain(weight)
         and (weight.dtype is torch.float32 or (weight.dtype is torch.bfloat16 and _multiplies_bfloat16()))

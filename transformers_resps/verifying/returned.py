@@ -1,4 +1,4 @@
-"""Make the cache that `generate` returns, equal to plain decoding's: all rows are as long as the longest.
+"""Make the cache that `generate` returns. It equals the cache of plain decoding: all rows are as long as the longest.
 
 After a row has ended, plain decoding runs the target over the row's padding. Here the row's entries are copied when it
 ends, and the target runs over its padding only if the caller reads the cache, which most callers never do.
@@ -80,7 +80,7 @@ def dynamic_copy(static: StaticCache, config: PreTrainedConfig) -> DynamicCache:
 
 
 def fill_static(static: StaticCache, cache: Cache) -> StaticCache:
-    """Replace the entries of a static cache by those of a dynamic cache, which must not be longer."""
+    """Replace the entries of `static` by the entries of the dynamic `cache`, which must not be longer; return it."""
     layers: list[Any] = [*zip(static.layers, cache.layers, strict=True)]
     for layer, filled in layers:
         if getattr(filled, "keys", None) is None:
@@ -96,7 +96,7 @@ def fill_static(static: StaticCache, cache: Cache) -> StaticCache:
 
 
 class _Unread:
-    """A cache that calls `make` when its layers are first read, and from then on has the layers of that result."""
+    """A cache that calls `make` when its layers are first read, and then has the layers of the returned cache."""
 
     def __init__(self, make: Callable[[], Cache]) -> None:
         self._make, self._lock = make, Lock()  # another thread may read `layers`, too, before it overwrites buffers

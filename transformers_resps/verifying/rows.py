@@ -12,9 +12,9 @@ from .masks import last_position
 
 
 class SlotMap:
-    """Tracks which cache positions (slots) each batch row fills: first by the prompt's padding, then by the text.
+    """Tracks which cache positions (slots) each batch row fills: first with the prompt's padding, then with the text.
 
-    No row has a gap: a shorter row does not attend to the slots after its end, and its next entries overwrite them.
+    Rows have no gaps: a shorter row does not attend to the slots after its end, and its next entries overwrite them.
     `padding` `[b, s]` is 0 where the prompt has padding. All rows begin with `length` entries.
     """
 
@@ -35,7 +35,7 @@ class SlotMap:
         return None if self._padding is None else self._padding.logical_not().sum(dim=1, keepdim=True)
 
     def extend(self, counts: Sequence[int]) -> None:
-        """Append `counts[i]` entries to each row i."""
+        """Record that each row i got `counts[i]` new entries."""
         if self._ends is None and min(counts) == max(counts):
             self.length += counts[0]
             return
@@ -79,8 +79,8 @@ class SlotMap:
     def take(self, blocks: Sequence[Sequence[int]], device: torch.device, ahead: int = 0) -> Tensor:
         """Record blocks of new entries; return the slots of these entries, and the next `ahead` slots.
 
-        Block j has `blocks[j][i]` entries of row i. The slots are `[b, t + ahead]`, where t sums the blocks' largest
-        counts, or `[1, t + ahead]` if all rows have the same. In a block, shorter rows repeat their last entry's slot.
+        Block j has `blocks[j][i]` entries of row i. The slots are `[b, t + ahead]`, or `[1, t + ahead]` if all rows
+        have the same; t is the sum of the blocks' largest counts. In a block, shorter rows repeat their last slot.
         """
         if self.stays_even(blocks):
             start = self.length
@@ -112,7 +112,7 @@ class SlotMap:
         return seen
 
     def unpadded(self, length: int, rows: int, device: torch.device) -> Tensor:
-        """Make a bool mask `[rows, length]`, false where a slot holds padding; rows after the b-th equal the b-th."""
+        """Make a bool mask `[rows, length]`, false where a slot holds padding; extra rows repeat the last own row."""
         if self._padding is None:
             return torch.ones(rows, length, dtype=torch.bool, device=device)
         own = _stretched(self._padding.to(device), length)
@@ -169,7 +169,7 @@ class RowEnds:
         return len(self.shifts)
 
     def go_on_from(self, positions: Tensor) -> None:
-        """Let each row's next position ids be 1 more than the last of the prompt's `positions`, in each plane."""
+        """Set each row's next position id, in each plane, to 1 more than the last of the prompt's `positions`."""
         shifts = positions[..., -1] + 1 - self.prompt_length
         self._shift_by(shifts[:, None].tolist() if shifts.dim() == 1 else shifts.t().tolist())
 

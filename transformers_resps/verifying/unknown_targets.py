@@ -1,4 +1,4 @@
-"""Check, for an architecture without tests, that a tree's nodes get the same logits as tokens of plain text."""
+"""Check, for an architecture without tests, that a tree's nodes get the same logits as in plain decoding."""
 
 from collections.abc import Callable
 from typing import Any
@@ -26,9 +26,9 @@ _LOW_PRECISION_LOGIT_TOLERANCE = 0.25  # share of the largest logit; wrong masks
 
 
 def check_tree_attention(make_forward: Callable[[], TargetForward]) -> None:
-    """Raise a `ValueError` if the target fails on a tree of two branches, or its logits differ from plain forwards'.
+    """Raise a `ValueError` if a small tree makes the target fail, or gets other logits than in plain decoding.
 
-    Architectures in `COMPARED` are not checked, because tests compare them; with FlashAttention they are. For an
+    Architectures in `COMPARED` are checked only with FlashAttention, because tests cover them without. For an
     encoder-decoder the tree is a chain. `make_forward` makes a forward of one row, without a head, with a new cache.
     """
     target = make_forward().target
@@ -52,7 +52,7 @@ def check_tree_attention(make_forward: Callable[[], TargetForward]) -> None:
 
 
 def beyond_tolerance(found: Tensor, expected: Tensor, dtype: torch.dtype) -> float | None:
-    """Return the largest difference of logits `found` and `expected` if it is too large for `dtype`; else `None`."""
+    """Return the largest difference between `found` and `expected` logits if too large for `dtype`; else `None`."""
     error, scale = float((found - expected).abs().max()), max(float(expected.abs().max()), 1.0)
     tolerance = _LOGIT_TOLERANCE.get(dtype, _LOW_PRECISION_LOGIT_TOLERANCE)
     return None if error <= tolerance * scale else error
@@ -60,7 +60,7 @@ def beyond_tolerance(found: Tensor, expected: Tensor, dtype: torch.dtype) -> flo
 
 @torch.no_grad()
 def _tree_logits(target: PreTrainedModel, make_forward: Callable[[], TargetForward]) -> tuple[Tensor, Tensor]:
-    """Return the logits of a tree's path and of the same tokens as plain text, `[1, t, v]` each.
+    """Return the logits of a tree's path, and of the same tokens in plain decoding, `[1, t, v]` each.
 
     Node 0 is the root, 1 and 2 are its children, 3 is below 1 and 4 below 2; the path 0, 2, 4 is kept, then one
     more token is verified. An encoder-decoder gets a chain, and keeps 0, 1, 2. The prompt has up to four tokens.

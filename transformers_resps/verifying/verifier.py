@@ -23,25 +23,25 @@ from .slots.steps import RoundedSteps
 class TargetEntries:
     """The target's cached keys and values, which some drafters read between steps; valid until the next forward.
 
-    A kind is a name in `config.layer_types`, or "full_attention" if there are none. For each kind, the entries are
-    those of the last layer of this kind that computes its own keys.
+    A kind is a name in `config.layer_types`, or "full_attention" if the config has none. The entries of a kind are
+    keys and values of the last layer of this kind that computes its own keys.
     """
 
     states: dict[str, tuple[Tensor, Tensor]]  # kind -> keys and values, [b, kv heads, s, hd] each
     # Kind -> additive mask [b, 1, 1, s]: 0 at the keys that the next tree's root attends to, else the dtype's minimum.
     masks: dict[str, Tensor]
-    positions: Tensor  # of the next tree's roots: [b or 1, 1], or [planes, b or 1, 1]
+    positions: Tensor  # position ids of the next tree's roots: [b or 1, 1], or [planes, b or 1, 1]
 
 
 class Verifier(ABC):
-    """Runs the target over trees, owns its cache during a call, and knows the length of every row.
+    """Runs the target over trees, owns the target's cache during a call, and tracks the length of every row.
 
-    Use it in a `with` block: after the block, even if it raised, the cache has stock layers and only kept entries.
+    Use it in a `with` block. After it, even after an error, the cache has Transformers' layers with only kept entries.
     """
 
     is_compiled: bool = False  # whether forwards over trees run compiled
     reads_paths: bool = False  # whether the target has recurrent layers, whose states advance along kept paths
-    rounded: RoundedSteps | None = None  # runs the target with rounded weights over drafts; `None` if it cannot
+    rounded: RoundedSteps | None = None  # runs the target with rounded weights to draft; `None` if not possible
 
     def __init__(self, forward: TargetForward, rows: RowEnds) -> None:
         self.forward, self.rows, self.device = forward, rows, rows.device  # trees must be on this device
@@ -64,7 +64,7 @@ class Verifier(ABC):
 
     @property
     def pricing(self) -> Pricing:
-        """Facts to estimate a step's cost: those of the newest step or, before the first step, of the first step."""
+        """Facts that determine the cost of the newest step or, before the first step, of the first step."""
         return Pricing()
 
     def prefill(
@@ -72,9 +72,9 @@ class Verifier(ABC):
     ) -> tuple[Tensor, list[Features]]:
         """Run the target over the prompt's uncached tokens; return the last logits, and each forward's features.
 
-        `tokens` `[b, t]` are the end of the prompt, and include all uncached tokens; there is at least one.
-        One forward reads `chunk_size` tokens of each row, all if `None`. `options` are keywords of the target
-        (`logits_to_keep`). The logits are `[b, any, v]`. Raises a `ValueError` if the cache cannot hold a tree.
+        `tokens` `[b, t]` are the last tokens of the prompt, including all uncached tokens, at least one. Each forward
+        reads `chunk_size` tokens of each row, or all if `None`. `options` are keywords of the target, such as
+        `logits_to_keep`. The logits are `[b, any, v]`. Raises a `ValueError` if the cache cannot hold a tree.
         """
         read = read_in_chunks(self.rows, tokens, chunk_size, partial(self._read_chunk, options))
         self.start(len(tokens))
@@ -88,11 +88,11 @@ class Verifier(ABC):
         return outputs.logits, features
 
     def prefill_by(self, run: Callable[[], Any], rows: int) -> tuple[Tensor, list[Features]]:
-        """Let Transformers' `generate` read a prompt with images, sounds or embeddings; return results like `prefill`.
+        """Let Transformers' `generate` read a prompt with images, sounds or embeddings; return the same as `prefill`.
 
-        `run` reads the uncached part of the prompt, of `rows` rows, into the cache, and returns the outputs of its
-        last forward. Raises a `ValueError` if the cache then has more or fewer positions than the prompt, or if the
-        target passes no positions to its decoder.
+        `run` reads the uncached part of the prompt's `rows` rows into the cache, and returns the outputs of its last
+        forward. Raises a `ValueError` if the cache then has more or fewer positions than the prompt, or if the target
+        passes no positions to its decoder.
         """
         self._is_unsettled = True
         outputs, features, positions = self.forward.read_by(run)
@@ -148,10 +148,10 @@ class Verifier(ABC):
 
     @abstractmethod
     def target_entries(self) -> TargetEntries:
-        """Return the cached keys and values. The newest tree must have been kept or undone."""
+        """Return the target's cached keys and values; the newest tree must have been kept or undone."""
 
     def ended_row(self, row: int) -> EndedRow:
-        """Copy one row's part of the cache, and the position of its next token."""
+        """Return a copy of one row's cache, with the position ids of the row's next token."""
         return EndedRow(self._row_cache(row, self.rows.ends[row]), torch.tensor(self.rows.roots[row]).view(-1))
 
     def _row_cache(self, row: int, length: int) -> Cache:
@@ -165,14 +165,14 @@ class Verifier(ABC):
         return None
 
     def close(self) -> None:
-        """Leave only kept entries in the cache, in Transformers' layers, so that the caller can reuse it."""
+        """Remove all but kept entries from the cache, and restore Transformers' layers, so that it can be reused."""
         if not self._is_unsettled:  # else all entries stay, since their number is unknown
             crop_to(self.forward.cache, self.length)
         restore_stock_layers(self.forward.cache)
 
 
 class VerifyingMode(ABC):
-    """Makes the verifier of each call, and holds the settings with which calibration times this way of verifying."""
+    """A way of verifying trees: makes the verifier of each call, and has the settings that calibration needs."""
 
     attention: ClassVar[str | None] = None  # attention implementation of this mode; `None`: the target's own
     keywords: ClassVar[Mapping[str, Any]] = {}  # keywords of `generate` that select this mode
@@ -196,7 +196,7 @@ class VerifyingMode(ABC):
 
     @abstractmethod
     def compose(self, forward: TargetForward, rows: RowEnds, engine: SlotEngine | None, gives_back: bool) -> Verifier:
-        """Make the verifier of one call; for `engine` and `gives_back` see the method `verifier`."""
+        """Make the verifier of one call for a batch's `rows`; for the other arguments see the method `verifier`."""
 
 
 Read = Callable[[Tensor, int], tuple[Tensor, Features]]
@@ -205,7 +205,7 @@ Read = Callable[[Tensor, int], tuple[Tensor, Features]]
 def read_in_chunks(rows: RowEnds, tokens: Tensor, chunk_size: int | None, read: Read) -> tuple[Tensor, list[Features]]:
     """Read a prompt's uncached tokens in chunks, and count them in `rows`; return the last logits and all features.
 
-    `tokens` `[b, t]` are the prompt's end. `read` maps a chunk and its first position to its logits and features.
+    `tokens` `[b, t]` are the prompt's last tokens. `read(chunk, first position)` returns its logits and features.
     """
     tokens, end = tokens.to(rows.device), rows.prompt_length
     offset, features = end - tokens.shape[1], []
@@ -218,7 +218,7 @@ def read_in_chunks(rows: RowEnds, tokens: Tensor, chunk_size: int | None, read: 
 
 
 def layers_by_kind(forward: TargetForward, cache: Cache) -> dict[str, int]:
-    """Map each layer type to the index of its last layer with keys of its own in a cache."""
+    """Map each layer type to the index of the last layer of this type that has its own keys in `cache`."""
     kinds = getattr(forward.target.config.get_text_config(decoder=True), "layer_types", None)
     named = zip(cache.layers, kinds or ["full_attention"] * len(cache.layers), strict=False)
     return {kind: index for index, (layer, kind) in enumerate(named) if getattr(layer, "keys", None) is not None}

@@ -44,14 +44,14 @@ def levels_below(place: int, depth: int) -> int:
 class BlockLayout(NamedTuple):
     """The blocks of keys that the nodes of a tree, or the tokens of a prompt, attend to.
 
-    A token's place is its index in its text. Text tokens lie in the slots of their places, the nodes in the slots
-    after the root, in their order. All nodes attend to the text's full blocks. The block that holds the root, and each
-    later one, differ by path: g groups of at most `_ROWS` nodes attend to them, each group to one block of one path.
+    A token's place is its index in its text, and also its slot; nodes have successive slots from the root's place on.
+    All nodes attend to the text's full blocks. The block with the root, and each later block, are separate for each
+    path: nodes attend to them in g groups of at most `_ROWS` nodes, each group to one block of one path.
     """
 
     shared: Tensor  # [blocks, BLOCK], places of the keys in the blocks that all nodes share
     ends: Tensor  # [b, n], the first place in the shared blocks that a node must not see
-    order: Tensor  # [any], indices of the real nodes, the first ones; padding nodes get a copy of the last result
+    order: Tensor  # [any], indices of the real nodes, which come first; padding nodes get a copy of the last result
     groups: Tensor  # [b, g, _ROWS], indices of each group's nodes
     places: Tensor  # [b, g, _ROWS], places of each group's nodes; -1 where a group has fewer than `_ROWS`
     slots: Tensor  # [b, g, BLOCK], slots of the keys in each group's block, in the order of the text
@@ -124,14 +124,14 @@ class BlockLayout(NamedTuple):
         return cls(shared, ends, order[:asking], groups, grouped(places, -1), slots, starts, asked)
 
     def of_nodes(self, count: int, *, compiled: bool = False) -> "BlockLayout":
-        """Turn the nodes from `count` on into padding; in compiled code these then attend to nothing."""
+        """Return a copy in which nodes from `count` on are padding, which in compiled code attends to nothing."""
         if not compiled:
             return self._replace(order=self.order[:count])
         return self._replace(ends=self.ends.where(self.order < count, 0))
 
 
 def _nodes_by_depth(depths: Tensor, ancestors: Tensor, is_leaf: Tensor, paths: Tensor) -> Tensor:
-    """List each group's path, then the root repeated: `[b, g, n + 1]`. A path ends at leaf number `paths` `[b, g]`."""
+    """List the nodes of each group's path, padded with the root: `[b, g, n + 1]`; it ends at leaf `paths` `[b, g]`."""
     leaves = is_leaf.logical_not().int().argsort(dim=1, stable=True).gather(1, paths)
     on_path = ancestors.gather(1, leaves[..., None].expand(-1, -1, ancestors.shape[2]))  # [b, g, n]
     count = depths.shape[1]
@@ -192,7 +192,7 @@ class _OwnReads(NamedTuple):
 
 
 class _LayerReads(NamedTuple):
-    """The query rows of a layer type: for the shared blocks and, if there are groups, for their blocks."""
+    """The query rows of a layer type: over the shared blocks and, if there are groups, over the groups' blocks."""
 
     shared: _QueryRows
     order: Tensor  # [b * n * heads], indices that sort the results [rows * b * kv heads] by nodes
@@ -200,16 +200,16 @@ class _LayerReads(NamedTuple):
 
 
 class BlockReads:
-    """Makes query rows and masks for a layout, once for all equal layers. `places` `[b, n]`: the nodes' places."""
+    """Makes query rows and masks for a layout, once for all equal layers; `places` `[b, n]` are the nodes' places."""
 
     def __init__(self, layout: BlockLayout, places: Tensor, dtype: torch.dtype) -> None:
         self.layout, self._places, self._dtype = layout, places, dtype
         self._known: list[tuple[Tensor, int, int, _LayerReads]] = []
 
     def mask(self, pattern: AttentionPattern) -> Tensor:
-        """Make the additive mask of a layer type: rows for nodes times shared blocks, then for the groups' query rows.
+        """Make a layer type's additive mask: a row for each node and shared block, then for each node of each group.
 
-        It is `[b, 1, n * blocks + g * _ROWS, BLOCK]`. Some targets pass a view of this mask to their attention.
+        Its shape is `[b, 1, n * blocks + g * _ROWS, BLOCK]`. Some targets pass a view of it to their attention.
         """
         layout = self.layout
         shared = self._shown(layout.shared, self._places[..., None, None], layout.ends[..., None, None] - 1, pattern)
@@ -270,7 +270,7 @@ class BlockReads:
         return index.flatten(), is_missing if asked.shape[0] > 1 else None
 
     def _rows(self, nodes: Tensor, mask: Tensor, heads: int, kv_heads: int) -> _QueryRows:
-        """Make query rows of `nodes` `[any, b, r]` and `mask` `[any, b, r, BLOCK]`; heads that share keys adjoin."""
+        """Make query rows of `nodes` `[any, b, r]` with `mask` `[any, b, r, BLOCK]`, grouped by shared key heads."""
         rows, count = self._places.shape
         sharing = heads // kv_heads
         if nodes.numel() == 1 and -sharing % _MULTIPLE <= (count - 1) * heads:  # one node, with later heads as filler

@@ -125,7 +125,7 @@ def _holds(kind: type, given: Iterable[Any] | None) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class InvariantMode(VerifyingMode):
-    """Verifies trees so that a node's logits depend only on its own text, not on the other tokens of a forward."""
+    """Makes verifiers with which a node's logits depend only on its own text, not on other tokens of the forward."""
 
     target_engine: SlotEngine  # the target's engine, even if another call uses it
     code: ModelCode  # checks of compiled code, shared by all calls of the model
@@ -201,7 +201,7 @@ class InvariantCalls:
         self._compare(model, compile)
 
     def mode(self, target: PreTrainedModel, *, compiles: bool = False) -> InvariantMode:
-        """Make the exact mode of one call; raise a `ValueError` if no row count makes kernels round each row alike."""
+        """Make the mode of one call; raise a `ValueError` if no number of rows makes kernels round each row alike."""
         return InvariantMode(self._engine, self.code, self._needs(target, compiles=compiles), compiles)
 
     def _needs(self, target: PreTrainedModel, *, compiles: bool) -> RowNeeds:

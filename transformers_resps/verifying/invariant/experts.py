@@ -21,7 +21,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ..lending import Change, lent
 
 
-_ENDS_OF_NAMES = ("Experts", "MoE", "Moe", "MoA", "MoEBlock", "MoeBlock")  # class names of mixtures end so
+_ENDS_OF_NAMES = ("Experts", "MoE", "Moe", "MoA", "MoEBlock", "MoeBlock")  # endings of class names of mixtures
 
 
 @torch.library.custom_op("resps::multiply_segments", mutates_args=())
@@ -52,7 +52,7 @@ def _(rows: Tensor, weights: Tensor, ends: Tensor, least: int) -> Tensor:
 def invariant_experts(
     experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *, least: int
 ) -> Tensor:
-    """Compute the experts of a class decorated by `use_experts_implementation`; equals Transformers' up to rounding.
+    """Compute the experts of a class decorated by `use_experts_implementation`, like Transformers up to rounding.
 
     `hidden_states` and the result are `[n, h]`. `top_k_index` and `top_k_weights` `[n, k]` are each token's k
     experts and their weights. Matrix products with a multiple of `least` rows round each row alike.
@@ -123,7 +123,7 @@ class RoutedLayer(nn.Module):
 
 
 def routed_layers(target: PreTrainedModel, least: int) -> Iterator[tuple[str, RoutedLayer]]:
-    """Yield names and parts of the target's mixtures of experts, whose kernels `RowClasses` tries.
+    """Yield name and layer for each part of the target's mixtures of experts, so that `RowClasses` tries its kernel.
 
     The parts are the products and the activation of one expert, each router that is no linear layer, and the whole
     mixture. The mixture is computed with products of `least` rows.
@@ -170,7 +170,7 @@ def _mixture(block: Any, target: PreTrainedModel, least: int) -> Callable[[Tenso
 
 
 def _is_served(module: Any, config: PreTrainedConfig) -> bool:
-    """Whether a module looks up its function by the name in `config`, and has all its weights, not quantized."""
+    """Whether `module` holds experts that look up their function in `config`, and all weights, not quantized."""
     if not (hasattr(module, "is_transposed") and hasattr(module, "has_gate")) or module.config is not config:
         return False
     is_whole: bool = module.down_proj.dtype.itemsize > 1  # quantized weights have one byte at most

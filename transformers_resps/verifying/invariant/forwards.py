@@ -46,7 +46,7 @@ class PartInputs(NamedTuple):
 
 
 class InvariantForward(SlotForward):
-    """Computes each node from its own text alone. `running` holds `lock`, so only one thread runs it at a time."""
+    """A forward that computes each node from its own text alone; `running` holds `lock`, so threads take turns."""
 
     is_invariant = True
     sizes = ("bn", "bn", "b.", "bn.", "k", "s.", "bn", "r", "bg.", "bg.", "bg.", "bg", "lbn")
@@ -82,7 +82,7 @@ class InvariantForward(SlotForward):
 
 
 class PartForward(InvariantForward):
-    """Computes the last nodes of a tree, and makes their layout on the device, so that a graph can capture both."""
+    """A forward over the last nodes of a tree; it makes their layout on the device, so that a graph captures both."""
 
     is_captured = True
 

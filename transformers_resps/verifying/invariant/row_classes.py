@@ -46,9 +46,9 @@ def least_rows(
 ) -> int | None:
     """Return the least r of 1, 2, 4, 8, 16 such that a row has the same bits in any multiple of r rows; else `None`.
 
-    `answer(range)` computes these rows of one sample together, `[len(range), ...]`: rows of a matrix, or nodes of a
-    chain, where a node depends on those before it. `counts` are the numbers of rows to try; the largest, a multiple of
-    16, is the sample's. `starts(count)` are the first rows of the ranges of `count` rows; a chain begins at 0.
+    `answer(range)` computes these rows of one sample in one call, `[len(range), ...]`: rows of a matrix, or nodes of a
+    chain, where a node depends on earlier nodes. `counts` are the numbers of rows to try; the largest, a multiple of
+    16, is the sample's size. `starts(count)` are the first rows of the ranges of `count` rows; a chain begins at 0.
     """
     least = None
     known = answer(range(max(counts)))
@@ -62,7 +62,7 @@ def least_rows(
 
 
 def keeps_rows(answer: Callable[[range], Tensor], starts: Sequence[int], count: int) -> bool:
-    """Whether a row that is computed with exactly `count` rows gets the same bits at any place and beside any rows.
+    """Whether a row gets the same bits among any `count` rows, whatever its index and whatever the other rows are.
 
     For `answer` see `least_rows`. `starts` are the first rows of the ranges to try; each range is also tried shifted.
     """
@@ -76,7 +76,7 @@ def keeps_rows(answer: Callable[[range], Tensor], starts: Sequence[int], count: 
 
 
 def kernel_settings() -> dict[str, Hashable]:
-    """Return settings, by name, that may select other kernels on a CPU; not autocast: `admit` refuses it."""
+    """Map names to values of all settings that may select other kernels on a CPU, except autocast (see `admit`)."""
     onednn: Any = torch.backends.mkldnn
     # `torch.get_float32_matmul_precision()` raises where backends have different precisions.
     precision = onednn.matmul.fp32_precision
@@ -90,7 +90,7 @@ def kernel_settings() -> dict[str, Hashable]:
 
 @dataclass(frozen=True)
 class RowNeeds:
-    """Says how many rows matrix products of one target must have, so that each row rounds alike."""
+    """The number of rows that a target's matrix products must have, so that kernels round every row alike."""
 
     forward: int  # must divide the number of nodes of a forward, in all rows together
     is_exact: bool = False  # whether a forward must have exactly this number of nodes, all of one row
@@ -115,8 +115,8 @@ class RowClasses:
         """Find the number of rows that a forward must have: a multiple of 1 to 16, or exactly 16; on a GPU exactly 32.
 
         In float64, whose rounding changes no token, 1 is enough. The first call costs about as much as a prompt of 60
-        tokens. No hook runs, and the random state of the process stays. Raises a `ValueError` if no such number serves
-        a layer or attention.
+        tokens. It runs no hooks and leaves the process's random state unchanged. Raises a `ValueError` if no such
+        number serves a layer or attention.
         """
         if target.dtype is torch.float64:
             return RowNeeds(1)
@@ -227,7 +227,7 @@ class _Layer:
 
 @dataclass(frozen=True)
 class _Attention:
-    """`invariant_attention` over chains of tokens that begin anywhere in a text."""
+    """A trial of `invariant_attention`, over chains of tokens that begin anywhere in a text."""
 
     heads: int
     kv_heads: int

@@ -31,11 +31,11 @@ _PLACE = 100  # Number of tokens of the text before these chains.
 
 
 class ModelCode:
-    """Checks that a model's compiled code always rounds a text alike.
+    """Checks that a model's compiled code always computes the same bits for the same text.
 
     The checks run over `sample`, tokens of a prompt: over random tokens, compiled and eager code differ more.
-    `compared` holds number of rows and kernel settings of all code that passed. `lock` is held by a forward that
-    changes the name of the target's attention.
+    `compared` holds row counts and kernel settings for which code has passed. A forward that changes the name of the
+    target's attention holds `lock`.
     """
 
     def __init__(self) -> None:
@@ -45,7 +45,7 @@ class ModelCode:
         self._bits: dict[Hashable, bytes] = {}  # kernel settings -> how code rounds the sample
 
     def check(self, engine: SlotEngine, rows: int, answers: Callable[[], tuple[Tensor, list[Tensor]]]) -> None:
-        """Check a compiled forward of `rows` rows, once for its weights: a text must always get the same bits.
+        """Check, once for the same weights, that compiled forwards of `rows` rows give a text the same bits.
 
         `answers` computes logits `[t, v]` of a chain of tokens after a sample text and, by other forwards, a list of
         logits of the chain's first tokens. Raises a `ValueError` if any bit of the list differs from the chain's
@@ -119,7 +119,7 @@ class InvariantSteps(VerifyingSteps):
             self.forward.stop_catching()  # code that is compiled with hooks would always run them
 
     def run(self, inputs: tuple[Tensor, ...], buffers: list[Tensor]) -> tuple[Tensor, Features]:
-        """Run over `InvariantInputs` and a `BlockLayout`; return the kept nodes' logits `[b, k, v]`, and features."""
+        """Run the target over `InvariantInputs` and a `BlockLayout`; return kept logits `[b, k, v]`, and features."""
         return _run(self.forward, self._over_slots, self.engine, inputs, buffers)
 
     def verify(self, tree: DraftTree) -> tuple[Tensor, Features]:
@@ -136,7 +136,7 @@ class InvariantSteps(VerifyingSteps):
         return self.run((*inputs, *layout), texts.buffers.parts())
 
     def step(self, rows: int) -> int:
-        """Return the number whose multiples a row's node count may be in a forward of `rows` rows."""
+        """Return a number: in a forward of `rows` rows, the node count of a row must be a multiple of this number."""
         return self.needs.forward // gcd(self.needs.forward, rows)
 
     def count(self, nodes: int, rows: int, step: int | None = None) -> int:
@@ -249,13 +249,13 @@ def _tried(rows: int) -> tuple[int, ...]:
 
 
 class TextReader:
-    """Reads prompts as chains by `steps`. Trees may run compiled (`is_compiled`) even if prompts do not."""
+    """Prefills prompts as chains by `steps`; `is_compiled` says whether trees run compiled, as prompts need not."""
 
     def __init__(self, steps: InvariantSteps, is_compiled: bool) -> None:
         self._steps, self._is_compiled = steps, is_compiled
 
     def read(self, tokens: Tensor, chunk_size: int | None) -> tuple[Tensor, list[Features]]:
-        """Prefill with `tokens` `[b, t]`, the prompt's uncached end, in chunks of at most `chunk_size` tokens."""
+        """Prefill with `tokens` `[b, t]`, the last ones of the prompt, in chunks of at most `chunk_size` tokens."""
         steps, ends, rows = self._steps, self._steps.texts.rows, len(tokens)
         orders = [order.to(ends.device) for order in steps.texts.orders(ends.prompt_length)]
         tokens = tokens.to(ends.device)
@@ -283,7 +283,7 @@ class TextReader:
         return logits, {layer: prompt.padded(states) for layer, states in joined.items()}
 
     def read_chunk(self, prompt: "_PromptTexts", start: int, size: int, logits: list[Tensor]) -> dict[int, Tensor]:
-        """Read a chunk of each row; return its features, and set `logits[row]` `[1, v]` for rows that end there."""
+        """Read a chunk of each row; return features, and set `logits[row]` `[1, v]` if the row's prompt ends in it."""
         steps, rows = self._steps, len(prompt.counts)
         steps.check_code(rows, prompt.tokens[0])
         width = min(size, prompt.tokens.shape[1] - start)

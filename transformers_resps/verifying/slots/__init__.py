@@ -1,1 +1,1 @@
-"""Verify trees with keys and values in static buffers, in which token i of a text has slot i; compiled or eagerly."""
+"""Verify trees, compiled or eagerly, with keys and values in static buffers: token i of a text has slot i."""

@@ -20,7 +20,7 @@ from ..cache import replace_entries
 
 
 class SlotLayer(CacheLayerMixin):
-    """A cache layer for one forward, over one layer's buffers `[b, kv heads, capacity, hd]`.
+    """A cache layer for one forward; its storage is the buffers of one model layer, `[b, kv heads, capacity, hd]`.
 
     The forward writes its keys and values to the slots `written` `[b, n]`, and attends over the first `size` slots.
     """
@@ -33,7 +33,7 @@ class SlotLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write keys and values `[b, kv heads, n, hd]`; return those in the first `size` slots, `[..., size, hd]`."""
+        """Write keys and values `[b, kv heads, n, hd]`; return all keys and values in the first `size` slots."""
         for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
             self._write(buffer, states)
         keys, values = (buffer[:, :, : self._size] for buffer in self._buffers)
@@ -62,12 +62,12 @@ class SlotLayer(CacheLayerMixin):
 
 
 def row_index(slots: Tensor) -> Tensor:
-    """Return the batch row of each of `slots` `[b, n]`: a tensor `[b, n]` with i throughout row i."""
+    """Return a tensor shaped like `slots` `[b, n]` that holds each entry's row index: all of row i is i."""
     return torch.arange(slots.shape[0], device=slots.device)[:, None].expand_as(slots)
 
 
 class SlotBuffers:
-    """Keeps static buffers between calls, as large as needed; a part is one layer's keys or one layer's values."""
+    """Static buffers of keys and values, reused by later calls; a part is one layer's keys or one layer's values."""
 
     def __init__(self) -> None:
         self._stores: list[Tensor] = []  # `[parts, b, kv heads, slots, hd]`; a store holds all parts of equal sizes
@@ -77,7 +77,7 @@ class SlotBuffers:
         self._unread: ref[Cache] | None = None
 
     def lend(self, cache: Cache) -> None:
-        """Remember `cache`, which copies the buffers when first read; it is filled before they are overwritten."""
+        """Remember `cache`, which copies the buffers when first read, so as to fill it before they are overwritten."""
         self._unread = ref(cache)
 
     def _settle(self) -> None:
@@ -90,7 +90,7 @@ class SlotBuffers:
         return self._rooms[0].shape[2] if self._rooms else 0
 
     def parts(self, row: int | None = None) -> list[Tensor]:
-        """Return each layer's keys, then its values, `[b, kv heads, slots, hd]`; with `row`, only that row's.
+        """List each layer's keys, then its values, `[b, kv heads, slots, hd]`; if `row` is given, only of this row.
 
         Repeated calls return the same tensors.
         """
@@ -100,7 +100,7 @@ class SlotBuffers:
         return self._parts[row]
 
     def reserve(self, kinds: Sequence[Tensor], rows: int, size: int) -> None:
-        """Make room for `rows` rows of at least `size` slots for parts like `kinds`; newly made buffers hold zeros."""
+        """Make room for `rows` rows of `size` or more slots for parts like the tensors `kinds`; new buffers hold 0."""
         self._settle()
         shapes = [(part.shape[1], part.shape[3], part.dtype, part.device) for part in kinds]
         known = [(room.shape[1], room.shape[3], room.dtype, room.device) for room in self._rooms]
@@ -116,11 +116,11 @@ class SlotBuffers:
         self._use(rows)
 
     def fill(self, parts: Sequence[Tensor], length: int, orders: Sequence[Tensor]) -> None:
-        """Copy the entries of a dynamic cache of `length` positions to the first slots.
+        """Copy keys and values of a dynamic cache with `length` positions to the first slots.
 
-        `parts` are each layer's keys, then values, `[b, kv heads, s, hd]`; sliding layers have only the last ones.
-        `orders` lists for each row the positions to copy, ascending. If `orders` has more rows than `parts`, each
-        further row is filled from the last row of `parts`.
+        `parts` are each layer's keys, then values, `[b, kv heads, s, hd]`; a sliding layer has only its last s
+        positions. `orders` lists for each row the positions to copy, ascending. If `orders` has more rows than
+        `parts`, each further row is filled from the last row of `parts`.
         """
         for buffer, part in zip(self.parts(), parts, strict=True):
             first = length - part.shape[2]
@@ -130,7 +130,7 @@ class SlotBuffers:
                 buffer[row, :, stop - len(kept) : stop] = part[min(row, len(part) - 1), :, kept - first]
 
     def clear(self) -> None:
-        """Set all keys and values to zero: a NaN or infinity would affect texts even in a slot that the mask hides."""
+        """Set all keys and values to zero: a NaN or infinity would spread even from a slot that the mask hides."""
         self._settle()
         for store in self._stores:
             store.zero_()
@@ -157,7 +157,7 @@ class SlotBuffers:
         self._use(len(rows))
 
     def entries(self, slots: Tensor, first: int = 0) -> list[Tensor]:
-        """Copy keys and values from `slots` `[b, s]`, a tensor on the CPU, of the b rows from row `first` on.
+        """Copy the keys and values in the slots of the CPU tensor `slots` `[b, s]`, for b rows from row `first` on.
 
         Returns each layer's keys, then values, `[b, kv heads, s, hd]`.
         """
@@ -176,7 +176,7 @@ class SlotBuffers:
 
 
 def _no_view(part: Tensor) -> Tensor:
-    """Return a CPU tensor as one that shares its memory but is no view: compiled code would look up a view's base."""
+    """Make a tensor that shares a CPU tensor's memory but is no view: compiled code would look up a view's base."""
     if part.device.type != "cpu":
         return part
     storage, start = part.untyped_storage(), part.storage_offset()
@@ -184,18 +184,18 @@ def _no_view(part: Tensor) -> Tensor:
 
 
 def filled(cache: Cache) -> list[int]:
-    """List the indices of layers with entries; a layer that uses another layer's keys has none."""
+    """List the indices of a cache's layers with keys and values; a layer that uses another layer's keys has none."""
     return [index for index, layer in enumerate(cache.layers) if getattr(layer, "keys", None) is not None]
 
 
 def parts_of(cache: Cache) -> list[Tensor]:
-    """List the keys, then the values, of each layer with entries."""
+    """List a cache's keys and values: of each layer with entries, the keys, then the values."""
     layers = cache_layers(cache)
     return [part for index in filled(cache) for part in (layers[index].keys, layers[index].values)]
 
 
 def give_back(parts: list[Tensor], cache: Cache, indices: list[int], length: int) -> None:
-    """Set the entries of layers `indices` to `parts`: each layer's keys, then values, `[b, kv heads, length, hd]`."""
+    """Set a cache's layers `indices` to `parts`: each layer's keys, then its values, `[b, kv heads, length, hd]`."""
     for index, keys, values in zip(indices, parts[::2], parts[1::2], strict=True):
         layer: Any = cache.layers[index] if index < len(cache.layers) else None
         if getattr(layer, "keys", None) is None:

@@ -58,14 +58,14 @@ class SlotEngine(CompileEngine[PreTrainedModel]):
             return lent is not None and lent.packages.have(name)
 
     def identity(self, target: PreTrainedModel) -> str | None:
-        """Return the name under which the target's code is stored; `None` while another call uses the engine."""
+        """Return the name under which the target's compiled code is stored; `None` if another call uses the engine."""
         with self.borrow(target) as lent:
             return None if lent is None else lent.packages.identity
 
     def forward(
         self, forward: SlotForward, inputs: Sequence[Tensor], buffers: list[Tensor], row: int = 0
     ) -> tuple[Tensor, ...]:
-        """Run a forward compiled, or eagerly if that fails. If `buffers` hold one row of a batch, it is row `row`."""
+        """Run `forward` compiled, or eagerly if that fails. If `buffers` hold only one row, `row` is its index."""
         outputs: tuple[Tensor, ...] | None = None
         if not self.is_broken:
             code = self._code_of(forward, inputs, row)
@@ -76,7 +76,7 @@ class SlotEngine(CompileEngine[PreTrainedModel]):
         return forward(inputs, buffers) if outputs is None else outputs
 
     def _code_of(self, forward: SlotForward, inputs: Sequence[Tensor], row: int) -> Code:
-        """Return the code of a forward; it is separate for one row, for batches, for each `row` and set of layers."""
+        """Return the code for a forward. One row, a batch, each `row` and each set of layers have separate code."""
         is_batch = len(inputs[0]) > 1
 
         def run(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -110,15 +110,15 @@ class SlotEngine(CompileEngine[PreTrainedModel]):
 
 
 def _code_name(kind: str, is_batch: bool) -> str:
-    """Name a forward's code for storage; the name is the same in every process."""
+    """Return the name under which a forward's compiled code is stored; the name is the same in every process."""
     return f"{kind}, {'a batch' if is_batch else 'one row'}"
 
 
-LEAST_ROWS = 4  # rows of a forward on a CPU: oneDNN takes longer for one or two than for four (measured)
+LEAST_ROWS = 4  # least number of rows of a CPU's forward: oneDNN takes longer for one or two than for four (measured)
 
 
 def padded_count(device: torch.device, count: int, rows: int = 1) -> int:
-    """Round up the node count of each of `rows` trees to a number for which compiled code exists or is fast."""
+    """Round up `count`, the nodes of each of `rows` trees, to a number for which compiled code exists or is fast."""
     if device.type != "cuda":  # compiled code runs any number from two on; on CUDA each number needs a graph
         return max(count, 2, -(-LEAST_ROWS // rows))
     return next((size for size in _CAPTURED_SIZES if size >= count), -(-count // 64) * 64)

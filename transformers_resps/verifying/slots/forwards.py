@@ -45,14 +45,14 @@ _SIZES = ("bn", "bn", "bnn", "b.", "bs", "k")
 class SlotForward:
     """The forward of one target over trees, as a function of tensors.
 
-    The hidden states of `feature_layers` come from `output_hidden_states`, since compiled code cannot gain hooks; the
-    last layer's states before the final norm are not among them. With `feature_layers=None` the forward returns all
-    layers' states, so that one code works for every head. `cache` is a dynamic cache that shows the shapes of keys and
-    values. `options` are the caller's for `torch.compile`. Compiled code rounds weights to `bits`.
+    The hidden states of `feature_layers` come from `output_hidden_states`, because hooks cannot be added to compiled
+    code; the last layer's states before the final norm are not available. With `feature_layers=None` the forward
+    returns all layers' states, so that the same code serves every head. `cache` is any dynamic cache of the target,
+    whose layers are inspected. `options` are for `torch.compile`. Compiled code rounds weights to `bits` bits.
     """
 
     is_invariant = False
-    is_captured = False  # whether it is captured as a graph on any device, with any options
+    is_captured = False  # whether the forward is captured as a graph on every device, even if `options` are given
     kind = "steps"
     sizes: Sequence[str] = _SIZES
     layer = SlotLayer
@@ -78,7 +78,7 @@ class SlotForward:
         self.patterns = attention_patterns(target.config, cache)
 
     def function(self, *given: Tensor) -> tuple[Tensor, ...]:
-        """Run the target over `given` (tensors of `SlotInputs`, buffers); return logits, then hidden states."""
+        """Run the target over `given`, the tensors of inputs and buffers; return logits, then hidden states."""
         inputs, buffers = SlotInputs(*given[: len(self.sizes)]), given[len(self.sizes) :]
         nodes = None if inputs.packed is None else PackedNodes(inputs.packed, *inputs.tokens.shape)
         are_computed = None if nodes is None else nodes.are_computed
@@ -91,7 +91,7 @@ class SlotForward:
         return self.run(tokens, slots, by_planes(positions), masks, buffers, inputs.kept, **options)
 
     def features(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], layers: list[int]) -> dict[int, Tensor]:
-        """Pick the hidden states `[b, n, h]` of `layers` from the `outputs` of `function` for `inputs`."""
+        """Map each of `layers` to its hidden states `[b, n, h]`, from the `outputs` of `function` for `inputs`."""
         caught = {layer: outputs[1 + self.places.index(min(layer, self._last))] for layer in layers}
         if self.kind != PACKED_STEPS:
             return caught
@@ -104,12 +104,12 @@ class SlotForward:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Set the target's attention to the one that `function` needs, inside a `with` block."""
+        """Set the target's attention implementation to the one that `function` needs, inside a `with` block."""
         with use_gqa_attention(self.target):
             yield
 
     def __call__(self, inputs: Sequence[Tensor], buffers: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Run the function eagerly; return logits `[b, k, v]`, then each feature layer's hidden states `[b, n, h]`.
+        """Run `function` eagerly; return logits `[b, k, v]`, then each feature layer's hidden states `[b, n, h]`.
 
         For packed nodes they are `[1, k, v]` and `[1, r, h]`. The nodes' keys and values are written to `buffers`:
         each layer's keys, then values, `[b, kv heads, slots, hd]`.
@@ -121,8 +121,8 @@ class SlotForward:
 class HybridForward(SlotForward):
     """The forward of a target with recurrent layers.
 
-    `function` also gets these layers' states, as `StateKinds.of` stacks them, and leaves them unchanged. After the
-    hidden states it returns tensors by which `StateKinds.advance` later advances these states.
+    `function` also gets these layers' states, stacked by `StateKinds.stacked`, and leaves them unchanged. After the
+    hidden states it returns tensors from which `StateKinds.advance` later updates these states.
     """
 
     kind = "hybrid steps"
@@ -148,7 +148,7 @@ class HybridForward(SlotForward):
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Also replace the recurrent layers' scans inside the `with` block; see `reading_trees`."""
+        """Set the attention, and replace the recurrent layers' scans (`reading_trees`), inside a `with` block."""
         with super().running(), reading_trees(known_mixers(self.target).values()):
             yield
 
@@ -175,7 +175,7 @@ def _laid_out(
     dtype: torch.dtype,
     are_computed: Tensor | None = None,
 ) -> tuple[Tensor, dict[str | None, Tensor | None]]:
-    """Compute the slots `[b, n]` of the nodes, and the additive mask `[b, 1, n, slots]` of each layer type."""
+    """Return the nodes' slots `[b, n]`, and a dict from layer type to its additive mask `[b, 1, n, slots]`."""
     _, depths, ancestors, roots, seen, *_ = inputs
     root = roots[:, :1].long()  # some targets count positions in floats
     node_places = root + depths
@@ -199,7 +199,7 @@ def node_positions(roots: Tensor, depths: Tensor) -> Tensor:
 
 
 def by_planes(positions: Tensor) -> Tensor:
-    """Arrange positions as targets take them: `[b, n, planes]` -> `[b, n]`, or `[planes, b, n]` in M-RoPE."""
+    """Rearrange position ids for the target: `[b, n, planes]` -> `[b, n]`, or `[planes, b, n]` with M-RoPE."""
     planes = positions.permute(2, 0, 1)
     return planes[0] if planes.shape[0] == 1 else planes
 
@@ -209,7 +209,7 @@ def _run(
 ) -> Callable[..., tuple[Tensor, ...]]:
     """Make a function that runs the target over the first `size` slots of buffers, with a mask for each layer type.
 
-    The function returns the `kept` nodes' logits, then hidden states with indices `read`. Its cache layers are `kind`.
+    It returns logits of the nodes `kept`, then hidden states at indices `read`. `kind` is its cache layers' class.
     """
     # `None` for a layer that gets buffers at each forward. A layer that uses another layer's keys needs no buffers.
     placeholders = [

@@ -14,7 +14,7 @@ from .texts import SlotTexts, filled_up, rounded_up
 
 
 _PART = 256  # Largest number of tokens of a part: larger parts compute too many scores that the mask hides.
-# A part's token count and slot count are multiples of these: oneDNN prepares each new size of a product, in some time.
+# A part's numbers of tokens and slots are multiples of these, because oneDNN takes time to prepare each new size.
 _PART_STEP, _PART_WINDOW = 4, 32
 _PACKED_STEP = 16  # If several rows are packed into one row, its number of tokens is a multiple of this.
 
@@ -56,7 +56,7 @@ class PartReader:
         return logits, Features(layers, read)
 
     def inputs(self, tokens: Tensor, start: int) -> list[Tensor]:
-        """Make `SlotInputs` for a prompt's part `[b, t]` from position `start` on; only its last token gets logits."""
+        """Make inputs for `tokens` `[b, t]`, a prompt's part that begins at `start`; only the last one gets logits."""
         ends, visible = self._texts.rows, self._texts.visible
         rows, width = tokens.shape
         count = apart(rounded_up(width, _PART_STEP), rows)

@@ -43,18 +43,18 @@ class VerifyingSteps(ABC):
 
     @abstractmethod
     def begin(self, cache: Cache) -> None:
-        """Prepare for trees, once the number of rows is known. `cache` holds the prompt, if a forward has read it."""
+        """Prepare for the first tree. `cache` holds the prompt's entries, unless the buffers already hold them."""
 
     @abstractmethod
     def verify(self, tree: DraftTree) -> tuple[Tensor, Features]:
-        """Run the target over a tree; see `Verifier.verify`. The results may end with padding rows and nodes."""
+        """Run the target over a tree like `Verifier.verify`; results may end with padding rows and padding nodes."""
 
 
 class SlotSteps(VerifyingSteps):
     """Runs a target over trees in the normal mode, compiled if there is an `engine`.
 
-    `options` are for `torch.compile`. With `follows_parts` the first step compiles nothing, because the same code has
-    already read the prompt in parts.
+    `options` are for `torch.compile`. With `follows_parts`, the same compiled code has already read the prompt in
+    parts, so the first step compiles nothing.
     """
 
     _over_slots: SlotForward
@@ -102,7 +102,7 @@ class SlotSteps(VerifyingSteps):
         return outputs[0], Features(layers, self._over_slots.features(outputs, inputs, layers))
 
     def _inputs(self, tree: DraftTree) -> list[Tensor]:
-        """Make `SlotInputs` for a forward over `tree`, padded to the number of the buffers' rows and to few sizes."""
+        """Make a forward's inputs from `tree`, padded to the buffers' number of rows and to one of few node counts."""
         texts, device = self._texts, self._texts.rows.device
         beside = LEAST_ROWS if self.pricing.packs_rows else texts.count
         count = self._apart(padded_count(device, tree.node_count, beside))
@@ -117,12 +117,12 @@ class SlotSteps(VerifyingSteps):
         return [*nodes, seen, texts.first(len(packed)), torch.tensor(packed)]
 
     def _apart(self, count: int, *others: int) -> int:
-        """Return `count` or, if the forward may be compiled now, the next size unlike `others` and the row count."""
+        """Return `count`; if code may be compiled now, the next number unequal to `others` and to the row count."""
         return count if self._follows_parts else apart(count, self._texts.count, *others)
 
 
 class RoundedSteps:
-    """Runs a target with weights rounded to 4 bits over drafted tokens, compiled by `engine`.
+    """Runs a target with weights rounded to 4 bits, compiled by `engine`, to draft a chain of tokens.
 
     The tokens' keys and values are written to slots that the next tree overwrites.
     """
@@ -135,7 +135,7 @@ class RoundedSteps:
         return SlotForward(self._target, self._texts.pattern, [], bits=4)
 
     def logits(self, tokens: Tensor, level: int) -> Tensor:
-        """Return fp32 logits `[b, v]` after `tokens` `[b]` at a chain's `level` (root: 0); call it level by level."""
+        """Return fp32 logits `[b, v]` after `tokens` `[b]` at `level` of a chain (root: 0). Call it level by level."""
         texts, rows = self._texts, len(tokens)
         count = apart(padded_count(texts.rows.device, 1, texts.count), texts.count)
         ids, depths, ancestors, roots = texts.nodes(DraftTree.root_only(tokens), count)
@@ -156,7 +156,7 @@ def apart(count: int, *others: int) -> int:
 
 
 def _unpacked(logits: Tensor, tree: DraftTree) -> Tensor:
-    """Unpack logits `[r or more, v]`, which list real nodes row by row, to `[b, n, v]`; padding gets any values."""
+    """Unpack logits `[r or more, v]` of real nodes, row by row, to `[b, n, v]`; padding nodes get arbitrary values."""
     rows, count = tree.tokens.shape
     if not tree.sizes:
         return logits[: rows * count].view(rows, count, -1)

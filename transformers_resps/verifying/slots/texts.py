@@ -32,9 +32,9 @@ def windowed(count: int) -> int:
 class SlotTexts:
     """The texts of a batch in static cache buffers: token i of a text has slot i; a tree's nodes have the next slots.
 
-    `pattern` is a cache from which the shapes of the target's keys and values are read. With `has_padding` the
-    prompt's padding has slots, too; else every text begins at slot 0. `window` rounds up the number of slots that a
-    forward attends over. The buffers have `count` rows: the batch, then copies of its last row; 0 before `begin`.
+    `pattern` is a cache that shows the shapes of the target's keys and values. With `has_padding` the prompt's padding
+    has slots, too; else every text begins at slot 0. The function `window` rounds up the number of slots over which a
+    forward attends. The buffers have `count` rows (0 before `begin`): the batch, then copies of its last row.
     """
 
     roots: Tensor  # [count, 1], slots of the newest tree's roots
@@ -62,14 +62,14 @@ class SlotTexts:
         return [end - hidden for end, hidden in zip(self.rows.ends, self._hidden, strict=True)]
 
     def orders(self, length: int) -> list[Tensor]:
-        """List for each row which of the first `length` positions have slots, in the order of the slots."""
+        """Return, for each row, the positions below `length` that have slots, in the order of their slots."""
         if self._has_padding:
             return [torch.arange(length)] * len(self.rows)
         seen = self.rows.slots.unpadded(length, len(self.rows), torch.device("cpu"))
         return [row.nonzero().flatten() for row in seen]
 
     def visible(self, size: int) -> Tensor:
-        """Return a bool mask `[count, size]`, true where a slot holds no padding."""
+        """Return a bool mask `[count, size]` of each row's first slots, false where a slot holds padding."""
         if size not in self._seen:
             slots = self.rows.slots if self._has_padding else SlotMap(None)
             self._seen[size] = slots.unpadded(size, self.count, self.rows.device)

@@ -30,9 +30,9 @@ ReadPrompt = Callable[[Tensor, int | None], tuple[Tensor, list[Features]]]
 class SlotVerifier(Verifier):
     """Verifies trees with static cache buffers, in which token i of a text has position (slot) i.
 
-    The function `read` runs the target over prompts and writes their keys and values to the buffers. Without it,
-    the prefill fills the cache of `forward`, which is then copied. With `gives_back`, `close` copies what the buffers
-    keep to that cache.
+    The function `read` runs the target over prompts and writes their keys and values to the buffers. Without it, the
+    prefill fills the cache of `forward`, which is then copied to the buffers. With `gives_back`, `close` copies the
+    buffers back to that cache.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class SlotVerifier(Verifier):
             states.kinds.give_back(states.tensors, cache, rows)
 
     def unread_cache(self) -> Cache | None:
-        """Return a cache that is filled when it is first read, or at the latest when a call overwrites the buffers."""
+        """See `Verifier.unread_cache`. A cache that is not read is filled before a call overwrites the buffers."""
         if not self._texts.count or not self.length or not self.rows.slots.is_even:
             return None
         cache, length, rows = self.forward.cache, self.length, slice(0, len(self.rows))
@@ -127,7 +127,7 @@ class SlotVerifier(Verifier):
         return unread
 
     def close(self) -> None:
-        """With `gives_back`, copy keys and values to the cache, unless rows differ in length, which no caller uses."""
+        """See `Verifier.close`. With `gives_back`, copy the buffers to the cache, if all rows have the same length."""
         if self._gives_back and self._texts.count and self.length and self.rows.slots.is_even:
             self._give_back(self.forward.cache, slice(0, len(self.rows)), self.length)
         super().close()
@@ -152,7 +152,7 @@ class SlotVerifier(Verifier):
 
 @dataclass(frozen=True, slots=True)
 class SlotMode(VerifyingMode):
-    """Verifies trees with static cache buffers, by compiled code if the call has an engine."""
+    """Makes verifiers that use static cache buffers, and compiled code if the call has an engine."""
 
     options: dict[str, Any] | None = None  # the caller's options for `torch.compile`
     stock_reads: bool = False  # whether Transformers' `generate` reads the prompt
