@@ -2,7 +2,7 @@
 
 For each token the functions of plain sampling (Transformers' `_sample`) are called: logits processors, one pick (an
 argmax or a draw), stopping criteria, streamer. So the target draws every token given its prefix, with the random
-numbers of plain decoding. This is lossless for any tree that was built without looking at the picks, and the same seed
+numbers of plain decoding. This is lossless for any tree that was built without knowing the picks, and the same seed
 gives the same text. The usual rule, which accepts a child with probability `min(1, p/q)`, is not lossless if children
 are the best by score and not drawn from q (a test shows it).
 
@@ -54,7 +54,7 @@ class Acceptance:
 
     @classmethod
     def of_picks(cls, picks: "Picks", paths: list[list[int]], picked: list[list[int]]) -> "Acceptance":
-        """Make an `Acceptance` from each row's kept nodes and picked tokens; copy nothing if `picks` has `tokens`."""
+        """Make an `Acceptance` from each row's kept nodes and picked tokens; with `picks.tokens` nothing is copied."""
         device = picks.logits.device
         if picks.tokens is None:
             return cls.from_rows(paths, picked, device)
@@ -71,7 +71,7 @@ class Acceptance:
 
 
 def read_picks(batch: Batch, tree: DraftTree, logits: Tensor) -> "Picks | None":
-    """Pick a token at every node from logits `[b, n, v]`; return `None` if `accept_batch` is to pick on paths only."""
+    """Pick a token at every node from logits `[b, n, v]`; return `None` if `accept_batch` picks on paths only."""
     texts = batch.decoded_texts
     if batch.is_plain_greedy(tree.node_count):
         return None if logits.device.type == "cpu" else Picks.read(tree, logits)
@@ -85,9 +85,9 @@ def read_picks(batch: Batch, tree: DraftTree, logits: Tensor) -> "Picks | None":
 def accept_batch(
     batch: Batch, tree: DraftTree, logits: Tensor, picks: "Picks | None", reached: list[list[int]] | None = None
 ) -> Acceptance:
-    """Append the target's tokens to every row that the step decodes.
+    """Append the tokens that the target picks to every decoded row; return these tokens and the accepted nodes.
 
-    `picks` are those of `read_picks`, if it was called. `reached` is passed to `accept` for rows in lockstep.
+    `picks` is the result of `read_picks`, if it was called. `reached` is passed to `accept` for rows in lockstep.
     """
     texts = batch.decoded_texts
     if picks is None and batch.is_plain_greedy(tree.node_count):
@@ -108,8 +108,8 @@ def accept_batch(
 def accept(tree: DraftTree, logits: Tensor, text: Text, reached: list[list[int]] | None = None) -> Acceptance:
     """Append tokens picked from logits `[b, n, v]` to `text`, until a token is not in the tree or the text ends.
 
-    All rows gain as many tokens as the unfinished row that accepts least. Before each pick, a list with the current
-    node of each row is appended to `reached`, so that the caller knows the paths if an error ends the walk.
+    All rows gain as many tokens as the unfinished row that accepts least. Before each pick, a list with each row's
+    current node is appended to `reached`, so that the caller knows the paths so far if an error is raised.
     """
     children, rows, nodes = tree.children(), list(range(len(logits))), [0] * len(logits)
     path: list[list[int]] = [] if reached is None else reached
@@ -146,7 +146,7 @@ def _next_nodes(
 
 
 def accept_picks(picks: "Picks", texts: list[Text]) -> Acceptance:
-    """Append the tokens that `accept` would append to `texts`, one `Text` per row, but with fewer calls."""
+    """Append to `texts`, one `Text` per row, the same tokens as `accept`, but with fewer calls."""
     paths, picked = _walk(picks, texts)
     acceptance = Acceptance.of_picks(picks, paths, picked)
     for row, (text, path, own) in enumerate(zip(texts, paths, picked, strict=True)):
@@ -183,7 +183,7 @@ def _filled(rows: list[list[int]]) -> list[list[int]]:
 
 @dataclass(frozen=True, slots=True)
 class Picks:
-    """The token that the target picks at each node of a tree: known for all nodes, or picked when `at` is called."""
+    """The tokens that the target picks at a tree's nodes: picked in advance at all nodes, or when `at` is called."""
 
     children: list[dict[tuple[int, int], int]]  # see `DraftTree.children`
     rows: list[list[int]] | None  # the token of each row at every node; `None` if `at` picks them when called
@@ -194,7 +194,7 @@ class Picks:
 
     @classmethod
     def read(cls, tree: DraftTree, logits: Tensor, processed: "ProcessedPicks | None" = None) -> "Picks":
-        """Copy the target's pick at every node to the host: `processed.tokens`, or the argmax of `logits`."""
+        """Make `Picks` from the target's token at every node, on the host: `processed.tokens`, or the argmax."""
         tokens = logits[:, : tree.node_count].argmax(-1) if processed is None else processed.tokens[None]
         if tree.node_count == 1:
             return cls([{} for _ in tokens], tokens.tolist(), logits, tokens, processed)
@@ -229,7 +229,7 @@ class ProcessedPicks:
         return cls(draws.pick(scores, tree.depths[0]), raw, scores, draws)
 
     def settle(self, tokens: list[int]) -> None:
-        """Rewind the random generator to its state after the committed `tokens`; raise if one is -1 (NaN scores)."""
+        """Rewind the random generator to its state after `tokens`; raise `RuntimeError` if one is -1 (NaN scores)."""
         if self.draws is None:
             return
         if min(tokens) < 0:
@@ -241,11 +241,11 @@ class ProcessedPicks:
 
 
 class Draws:
-    """Draws random numbers for `count` levels of a tree as plain sampling would.
+    """Draws the random numbers that plain sampling would draw, for `count` levels of a tree.
 
-    `torch.multinomial` takes the token with the largest p / e, where e is drawn for every token from the exponential
+    `torch.multinomial` picks the token with the largest p / e, where e is drawn for every token from the exponential
     distribution of mean 1 (ATen, `multinomial` in native/Distributions.cpp, a single sample). As e does not depend on
-    p, the numbers of all levels can be drawn before the path is known. `scores` `[n, v]` give shape, dtype and device.
+    p, the numbers of all levels can be drawn before the path is known. `scores` `[n, v]` give v, dtype and device.
     """
 
     def __init__(self, count: int, scores: Tensor) -> None:
@@ -258,7 +258,7 @@ class Draws:
             self._states.append(generator.get_state())
 
     def pick(self, scores: Tensor, levels: Tensor) -> Tensor:
-        """Draw a token for each node from scores `[n, v]` by its level's random numbers; -1 if the softmax is NaN."""
+        """Sample each node's token from scores `[n, v]` with the numbers of its level; -1 if the softmax is NaN."""
         best = (scores.softmax(dim=-1) / self.numbers[levels]).max(dim=-1)
         return best.indices.masked_fill(best.values.isnan(), -1)
 
@@ -287,7 +287,7 @@ def draws_alike(device: torch.device, vocabulary: int) -> bool:
 
 
 def _generator(device: torch.device) -> torch.Generator | None:
-    """Return the generator that `torch.multinomial` uses on a device; `None` if PyTorch gives no access to it."""
+    """Return the random generator that `torch.multinomial` uses on a device; `None` if PyTorch does not expose it."""
     if device.type == "cpu":
         return torch.default_generator
     module = torch.get_device_module(device)
@@ -299,7 +299,7 @@ def _generator(device: torch.device) -> torch.Generator | None:
 
 
 def can_pick_at_once(device: torch.device, do_sample: bool, vocabulary: int) -> bool:
-    """Whether to pick at all nodes at once: not on a CPU (no gain), nor if `Draws` and `torch.multinomial` differ."""
+    """Whether to pick at all nodes at once; false on a CPU (no gain), and if `Draws` differs from `multinomial`."""
     return device.type != "cpu" and (not do_sample or draws_alike(device, vocabulary))
 
 
@@ -318,7 +318,7 @@ def _largest(logits: Tensor) -> Tensor:
 
 
 def logits_at(rows: list[int], nodes: list[int], logits: Tensor) -> Tensor:
-    """From logits `[b, n, v]`, return `[len(rows), v]`: entry i has the logits at node `nodes[i]` of row `rows[i]`."""
+    """Select from logits `[b, n, v]` the logits `[r, v]` at `nodes[i]` of `rows[i]`, for each i of r = `len(rows)`."""
     if len(rows) == len(logits) and len(set(nodes)) == 1:
         return logits[:, nodes[0]]
     return logits[rows, nodes]

@@ -42,11 +42,11 @@ class StepClock:
 
 
 class TreeDecoding:
-    """Decodes `batch`, which holds the prompts and gets the answers, with trees from a drafter, a lookup and a policy.
+    """Decodes a batch with draft trees: the policy chooses their sizes, drafter and lookup propose their nodes.
 
-    Call `prefill`, then `step` until the batch is finished, inside the verifier's `with` block. `drafter` is `None` if
-    only `lookup` drafts. A text has at most `max_length` tokens. With `keeps_ended`, the cache of each row that ends
-    before other rows is copied to the attribute `ended`. `clock` returns seconds; tests pass a fake one.
+    Call `prefill`, then `step` until the batch is finished, inside the verifier's `with` block. `batch` holds the
+    prompts and gets the new tokens, up to `max_length` in all. `drafter` is `None` if only `lookup` drafts. With
+    `keeps_ended`, caches of rows that end before other rows are copied to `ended`. `clock` returns seconds.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class TreeDecoding:
         self._root = batch.newest if batch.length else batch.input_ids.new_zeros(len(batch))  # [b]
 
     def prefill(self, read: Callable[[Tensor], tuple[Tensor, list[Features]]]) -> None:
-        """Run step 0: call `read`, a function like `Verifier.prefill`, with the prompt, and append the first token."""
+        """Run step 0: prefill with `read`, a function like `Verifier.prefill`, and append the first token."""
         self._clock.start()
         logits, features = read(self.batch.input_ids)
         proposal = Proposal(TreeShape.plain(), DraftTree.root_only(self._root))
@@ -128,14 +128,14 @@ class TreeDecoding:
         return self._proposer.propose(root, step, length, levels + 1, pricing, self._prompt_seconds)
 
     def _leave_out_compiling(self) -> None:
-        """Move seconds of compiling from the step to the report; else the policy would avoid this size of tree."""
+        """Move seconds of compiling from the step to the report; else the policy would avoid trees of this size."""
         drafting, verifying = self._proposer.take_compile_seconds(), self._verifier.take_compile_seconds()
         self._clock.seconds["draft"] -= drafting
         self._clock.seconds["verify"] -= verifying
         self.report.compile_seconds += drafting + verifying
 
     def _read_picks(self, tree: DraftTree, logits: Tensor) -> Picks | None:
-        """Call `read_picks`; without picks, wait until the logits are computed, to count the whole forward's time."""
+        """Call `read_picks`; if it returns `None`, wait for the logits, so that the whole forward is timed."""
         picks = read_picks(self.batch, tree, logits)
         if picks is None:
             wait_for(logits)
@@ -144,19 +144,19 @@ class TreeDecoding:
     def _accept(
         self, tree: DraftTree, logits: Tensor, picks: Picks | None, reached: list[list[int]] | None = None
     ) -> Acceptance:
-        """Append to the batch the tokens that the target picks; each row's last token becomes its next root."""
+        """Append the tokens that the target picks to the batch; each row's last token becomes its next tree's root."""
         acceptance = accept_batch(self.batch, tree, logits, picks, reached)
         self._root = acceptance.tokens[:, -1]
         return acceptance
 
     def _keep_reached(self, reached: list[list[int]]) -> None:
-        """After an error in `accept`, keep the cache entries of the nodes in `reached`, as plain decoding would."""
+        """After an error in `accept`, keep the cache entries of the `reached` nodes, as plain decoding would."""
         if reached:
             paths = [list(path) for path in zip(*reached, strict=True)]
             self._verifier.keep(torch.tensor(paths, device=self._verifier.device), paths)
 
     def _keep(self, tree: DraftTree, logits: Tensor, acceptance: Acceptance, features: Features) -> None:
-        """Keep only the accepted nodes in the target's cache; give their tokens and features to drafter and lookup."""
+        """Keep only accepted nodes in the target's cache; pass their tokens and features to drafter and lookup."""
         path = acceptance.path
         if self._verifier.reads_paths:
             self._clock.lap("rest")
@@ -206,7 +206,7 @@ class TreeDecoding:
         return record
 
     def _drafted_match(self, pool: CandidatePool | None, acceptance: Acceptance) -> RowCounts:
-        """Count each row's new tokens that are a path in the drafter's pool; for rows in lockstep only the minimum."""
+        """Count each row's first new tokens that form a path in the drafter's pool; in lockstep, only the minimum."""
         if pool is None or not self.policy.needs_drafted_match:
             return RowCounts([0])
         matches = iter(pool.drafted_match(acceptance.picks))

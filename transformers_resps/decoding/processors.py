@@ -24,13 +24,13 @@ _READ_TEXTS = frozenset(  # these also read the text, or its length
     + ("ForcedBOSTokenLogitsProcessor", "ForcedEOSTokenLogitsProcessor", "SuppressTokensAtBeginLogitsProcessor")
     + ("ExponentialDecayLengthPenalty",)
 )
-# Stateless too, but it copies each text to the host, which would take time for rejected nodes.
+# This processor is stateless too, but copies each text to the host, which would waste time on rejected nodes.
 _READ_TEXTS_ON_HOST = frozenset({"WatermarkLogitsProcessor"})
 STATELESS = _READ_SCORES | _READ_TEXTS | _READ_TEXTS_ON_HOST
 
 
 def is_stateless(processor: object, names: frozenset[str] = STATELESS) -> bool:
-    """Whether a processor is one of Transformers' `names`, whose result for a row does not depend on other rows."""
+    """Whether a processor's class is one of Transformers' `names`, and no row's result depends on other rows."""
     processor_class = type(processor)
     is_stock = processor_class.__name__ in names and processor_class.__module__.startswith("transformers.generation.")
     # a repetition penalty may store a prompt length for each row
@@ -40,7 +40,7 @@ def is_stateless(processor: object, names: frozenset[str] = STATELESS) -> bool:
 class TreeLogitsProcessor(LogitsProcessor):
     """Applies logits processors to all nodes of a tree: in one call, or level by level if they read texts.
 
-    Use it only if `supports` is true; otherwise `Text.commit` calls the processors, one position after the other.
+    Use it only if `supports` returns true; otherwise `Text.commit` calls the processors, position after position.
     """
 
     def __init__(self, processors: LogitsProcessorList) -> None:

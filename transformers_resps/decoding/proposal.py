@@ -1,4 +1,4 @@
-"""Make the tree of a step: the policy chooses the tree's size, drafter and lookup propose its nodes."""
+"""Make the tree of a step: the policy chooses the tree's size; drafter and lookup propose the tree's nodes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from ..tree import DRAFTED, CandidatePool, DraftTree, Pricing, TreeShape
 
 
 class DecodedRows(Protocol):
-    """The properties of a `Batch` that a `Proposer` reads; a replayed text has them, too."""
+    """The properties of decoded rows that a `Proposer` reads; a `Batch` has them, and so does a replayed text."""
 
     @property
     def in_lockstep(self) -> bool: ...
@@ -43,14 +43,14 @@ class Proposal:
         return 0 if self.pool is None else self.pool.tokens.shape[1]
 
     def proposed(self, paths: Sequence[Sequence[int]], gained: Sequence[bool]) -> Proposed:
-        """Count the drafted nodes of `paths` (root first) by who proposed them, in rows where `gained` is true."""
+        """Count the drafted nodes of `paths` (root first) by their source, in rows where `gained` is true."""
         accepted = [(row, node) for row, path in enumerate(paths) if gained[row] for node in path[1:]]
         flags = self.tree.proposers
         return Proposed.of([flags[row][node] if flags else DRAFTED for row, node in accepted])
 
 
 class Proposer:
-    """Makes each step's tree as the policy decides, from nodes of the drafter (`None` for no drafter) and lookup."""
+    """Makes each step's tree: the policy decides its size; drafter (may be `None`) and lookup propose its nodes."""
 
     def __init__(self, policy: Policy, drafter: Drafter | None, rows: DecodedRows, lookup: LookupDrafter) -> None:
         self._policy, self._drafter, self._rows, self._lookup = policy, drafter, rows, lookup
@@ -117,7 +117,7 @@ class Proposer:
         return Proposal(shape, tree if tree.tokens.device == root.device else tree.below(root), pool, looked_up)
 
     def _tree(self, root: Tensor, pool: CandidatePool | None, total_tokens: int, *, is_ragged: bool) -> DraftTree:
-        """Make a tree of at most `total_tokens`, the root and the pool's best nodes; without a pool, on the CPU."""
+        """Make a tree of the root and the pool's best nodes, at most `total_tokens`; without a pool, a root on CPU."""
         device = torch.device("cpu") if pool is None else pool.tokens.device
         # zeros replace a root on another device, until `below` sets it
         known = root if device == root.device else torch.zeros(root.shape, dtype=root.dtype, device=device)

@@ -1,4 +1,4 @@
-"""The texts that a call writes: `Text` appends tokens, `Batch` tracks which rows are still decoded.
+"""The token sequences of a call: `Text` appends new tokens, `Batch` tracks which rows are still decoded.
 
 Processors, criteria and streamer are called for each token as in plain decoding. Rows in lockstep gain
 equally many tokens per step and share one `Text`. Otherwise each row has its own `Text`, and none waits for another.
@@ -21,7 +21,7 @@ _PATIENCE = 4.0  # tokens by which a row must lag to weigh e times as much
 
 @dataclass(frozen=True, slots=True)
 class StopConditions:
-    """The end tokens and the maximum length of a text, and the length at which Transformers warns."""
+    """The end tokens and the maximum length of a text, and the length above which Transformers logs a warning."""
 
     token_ids: frozenset[int]  # end tokens
     length: int  # maximum length
@@ -44,10 +44,10 @@ class Text:
     """Appends tokens to the text of one row, or of several rows that all gain the same number of tokens per step.
 
     `input_ids` `[b, s]` are the prompts. `commit` calls `logits_processor` once for each appended position, never for
-    a rejected node. `pad_token` is appended to finished rows, if an end token is among the criteria. `keep_scores` and
-    `keep_logits` store each position's processed scores and raw logits. With `keep_padding` the padding of finished
-    rows is decoded, too, since plain decoding leaves it in the caller's cache. With `stops_at_ends` a step ends as
-    soon as a row ends, so that the cache holds that row up to its end.
+    a rejected node. `pad_token` is appended to finished rows, if the criteria include an end token. `keep_scores` and
+    `keep_logits` store each position's processed scores and raw logits. With `keep_padding` the target also runs over
+    the padding of finished rows, because plain decoding leaves it in the caller's cache. With `stops_at_ends` a step
+    ends as soon as a row ends, so that the cache holds that row up to its end.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class Text:
 
     @property
     def live(self) -> Tensor:
-        """Bool mask `[b]` of the decoded rows: false for finished rows, unless their padding must be decoded, too."""
+        """Bool mask `[b]` over decoded rows: false for finished rows, unless their padding must be decoded, too."""
         rows = self._of_decoded(self.unfinished)
         return rows.bool() if self._pads and not self._keep_padding else torch.ones_like(rows, dtype=torch.bool)
 
@@ -136,7 +136,7 @@ class Text:
         return self.picks_by_scores(count) and not self.do_sample and not self._logits_processor
 
     def picks_by_scores(self, count: int) -> bool:
-        """Whether `pick` can choose the row's next `count` tokens from logits alone, without the text before them."""
+        """Whether `pick` can choose the row's next `count` tokens from logits alone, without reading the text."""
         processor = self._tree_processor
         reads_scores = processor is not None and not processor.reads_texts
         return self._ends_silently(count) and reads_scores and not self._is_watched
@@ -175,7 +175,7 @@ class Text:
             self.logits += tuple(logits[node : node + 1].clone() for node in path)
 
     def append(self, tokens: list[int], there: Tensor, *, finished: bool) -> None:
-        """Append `tokens` to a text of one row; `there` `[t]` are the same tokens on the target's device."""
+        """Append `tokens` to a text of one row; `there` `[t]` holds the same tokens on the target's device."""
         self.length += len(tokens)
         self._ahead.append(there)
         if finished:
@@ -185,7 +185,7 @@ class Text:
                 self._streamer.put(torch.tensor([token]))
 
     def pick(self, logits: Tensor) -> Tensor:
-        """Pick one token per row of logits `[any, v]` with this text's settings; `picks_by_scores` must be true."""
+        """Pick one token for each row of logits `[any, v]`, without appending; `picks_by_scores` must return true."""
         scores = logits.to(copy=True, dtype=torch.float32, device=self._ids.device)
         return self._picked(self._logits_processor(cast(torch.LongTensor, self._ids), cast(Any, scores)))
 
@@ -219,7 +219,7 @@ class Text:
 
 
 class Batch:
-    """All rows of a call: one `Text` for all (they gain equally many tokens per step, in lockstep), or one per row."""
+    """All rows of a call: one `Text` for all rows in lockstep (equally many new tokens per step), or one per row."""
 
     def __init__(self, texts: list[Text], *, drops_finished: bool) -> None:
         self._texts = texts
@@ -258,7 +258,7 @@ class Batch:
 
     @property
     def row_weights(self) -> list[float]:
-        """How much one more token in each decoded row is worth, 1.0 on average; slow rows have higher values."""
+        """The value of one more token in each decoded row, 1.0 on average; rows that lag have higher values."""
         if self.in_lockstep:
             return [1.0] * self._texts[0].decoded_count
         lengths, shortest = [self._texts[index].length for index in self._decoded], self.shortest
@@ -278,14 +278,14 @@ class Batch:
         return all(text.picks_by_scores(count) for text in self.decoded_texts)
 
     def of_all_rows(self, counts: list[int]) -> list[int]:
-        """Expand `counts`, one for each decoded row, to one for each row of the call: 0 for rows no longer decoded."""
+        """Expand `counts` of decoded rows to a list for all rows of the call, with 0 for rows no longer decoded."""
         every_row = [0] * len(self._texts)
         for index, count in zip(self._decoded, counts, strict=True):
             every_row[index] = count
         return every_row
 
     def drop_finished(self) -> list[int] | None:
-        """Stop decoding finished rows like `Text.drop_finished`; return `None` also if the whole batch is finished."""
+        """See `Text.drop_finished`. Also returns `None` if all rows are finished, or if finished rows must stay."""
         if not self._drops_finished or self.finished:
             return None
         if self.in_lockstep:
