@@ -17,7 +17,7 @@ _PICTURES |= {code: "\ufffd" for code in range(0x80, 0xA0)}
 
 
 def print_steps(report: SpeculationReport, texts: Sequence[Sequence[str]], console: Console | None) -> None:
-    """Print text, table and summary; `texts` has each step's accepted tokens as strings, then its bonus token."""
+    """Print text, table and summary. For each step, `texts` lists the accepted tokens, then the bonus token."""
     console = console or Console()
     console.print(_text(texts))
     console.print(Text("\nEvery step: nodes verified, milliseconds, tokens added"), soft_wrap=True)

@@ -43,7 +43,7 @@ def decode_after(previous: int, token_id: int, decode: Decode) -> str:
 
 @contextmanager
 def moving(bar: Any, target: nn.Module, rows: int, most_steps: int) -> Iterator[None]:
-    """Advance a `tqdm` bar by `rows` in total: evenly over `most_steps` forwards of `target`, the rest at exit."""
+    """Advance a `tqdm` bar by `rows` in total: evenly at `most_steps` forwards of `target`, by the rest at exit."""
     steps = shown = 0
 
     def move(*_: Any) -> None:

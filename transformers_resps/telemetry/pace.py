@@ -1,4 +1,4 @@
-"""Warns when steps take many times as long as before because other processes use the CPU's cores.
+"""Warns when steps take many times as long as before, because other processes use the CPU's cores.
 
 If another process uses one core, two threads may be 10 to 100 times slower, since each matrix product waits for the
 slower thread.
@@ -14,7 +14,7 @@ from .report import StepRecord
 
 logger = logging.getLogger(f"transformers.{__name__}")
 
-_MANY = 5.0  # A forward that takes this many times its best time is too slow; a doubled context explains only 2.
+_MANY = 5.0  # A forward is too slow if it takes this many times its best time; a doubled context explains only 2.
 _STEPS = 8  # The median of this many steps must be too slow, so that single interruptions cause no warning.
 _ENOUGH = 5  # A best time is the lowest median of this many successive forwards of the same size.
 

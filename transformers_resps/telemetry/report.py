@@ -1,4 +1,4 @@
-"""The report of a call of `generate`, with a record of each step; and the functions that compute published rates."""
+"""The report of a call of `generate` with a record of each step, and functions that compute tokens per second."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -12,7 +12,7 @@ from .display import decoder, detokenize_incrementally
 
 
 class RowCounts(tuple[int, ...]):
-    """One number per row of the batch, in a tuple; `int(counts)` works if there is one row."""
+    """A tuple with one number per row of the batch; `int(counts)` works if there is only one row."""
 
     __slots__ = ()
 
@@ -37,7 +37,7 @@ class Timed(Protocol):
 
 
 class Timing(NamedTuple):
-    """The tokens of one text, and the seconds in which they were decoded."""
+    """The number of tokens of one text, and the seconds in which they were decoded."""
 
     tokens: int
     seconds: float
@@ -119,16 +119,16 @@ class StepRecord:
 
     @property
     def computed(self) -> int:
-        """Number of nodes that the forward costs, at least `pricing.least_nodes`.
+        """Number of nodes that determines the forward's cost, at least `pricing.least_nodes`.
 
-        It is the number of the largest row. Without padding it is one root and the other nodes of all rows.
+        Normally it is the node count of the largest row. Without padding it is 1 plus all rows' nodes except roots.
         """
         nodes = 1 + sum(self.sizes) - len(self.sizes) if self.sizes else self.verified
         return max(nodes, self.pricing.least_nodes)
 
     @property
     def rows_of_a_node(self) -> int:
-        """Number of rows that get one node more if `computed` rises by one: all decoded rows, or 1 without padding."""
+        """Number of rows that get one more node if `computed` rises by 1: all decoded rows, or 1 without padding."""
         return 1 if self.sizes else self.decoded_rows
 
     @property
@@ -213,9 +213,9 @@ class SpeculationReport:
         return self.emitted_total / self.seconds if self.seconds > 0 else 0.0
 
     def acceptance(self) -> dict[str, Any]:
-        """Return the fields of vLLM 0.32's `metrics.speculative_decoding`, which AIPerf reads, after two added fields.
+        """Return two fields of our own, then those of vLLM 0.32's `metrics.speculative_decoding`, which AIPerf reads.
 
-        Only these two fields count the prefill. Verified nodes except the root count as draft tokens.
+        Only our two fields count the prefill. All verified nodes except the root count as draft tokens.
         """
         steps = self.steps[1:]
         accepted = [step.accepted_total for step in steps]
