@@ -1,4 +1,4 @@
-"""Lossless speculative decoding with draft trees in `generate()` of Transformers; a policy shapes each step's tree.
+"""Lossless speculative decoding with draft trees in Transformers' `generate()`; a policy sizes each step's tree.
 
 A module is imported when one of its names is first used, as in Transformers, so importing the package takes no time.
 """

@@ -129,7 +129,7 @@ def _check_target(target: Any, *, has_head: bool) -> None:
 
 
 def identity_of(target: PreTrainedModel, source: DraftSource | None, attention: str | None = None) -> dict[str, Any]:
-    """Describe what the measured times depend on: hardware, versions, models, `attention` (`None`: the target's)."""
+    """Describe all that measured times depend on: hardware, versions, models, `attention` (`None`: the target's)."""
     config = target.config
     quantized = {type(weight).__name__ for weight in target.parameters() if type(weight) is not torch.nn.Parameter}
     return {
@@ -193,7 +193,7 @@ def _ranges(row: dict[int, Quartiles]) -> dict[int, Range]:
 def _time_verifying(
     target: PreTrainedModel, verifier: Verifier, context: int, counts: Sequence[int], measure: Measure
 ) -> dict[int, Quartiles]:
-    """Measure the seconds of verifying a tree after `context` tokens, for each number of nodes in `counts`."""
+    """Measure the seconds of verifying a tree after `context` tokens; map each number of nodes to the quartiles."""
     vocabulary = text_config(target).vocab_size
     tokens = torch.arange(context + max(counts), device=target.device)[None].remainder(vocabulary)
     verifier.prefill(tokens[:, :context])
@@ -233,7 +233,7 @@ def _time_plain(target: PreTrainedModel, context: int, measure: Measure) -> Quar
 def _time_drafting(
     target: PreTrainedModel, source: DraftSource, context: int, measure: Measure
 ) -> tuple[dict[int, float], dict[int, Quartiles]]:
-    """Measure the fixed seconds of a draft, and the seconds of each level, for each width (nodes per level)."""
+    """For each width (nodes per level), measure the fixed seconds of a draft, and quartiles of seconds per level."""
     tokens = torch.zeros(1, context + 1, dtype=torch.long, device=target.device)
     starts, levels = dict[int, float](), dict[int, Quartiles]()
     forward = TargetForward.of(target, source.feature_layers, before_deepstack=source.before_deepstack)
@@ -265,7 +265,7 @@ def _time_drafting(
 def _time_overhead(
     target: PreTrainedModel, source: DraftSource | None, room: int, keywords: Mapping[str, Any]
 ) -> float:
-    """Generate a text of at most `room` tokens; return the median seconds of a step, without its draft and forward."""
+    """Generate a text of at most `room` tokens; return a step's median seconds outside drafting and verifying."""
     prompt_tokens = min(16, room // 2)
     new_tokens = min(24, room - prompt_tokens)
     prompt = torch.ones(1, prompt_tokens, dtype=torch.long, device=target.device)
@@ -288,7 +288,7 @@ def _time_overhead(
 
 
 def _measure(clock: Callable[[], float], done: Callable[[], Any], run: Callable[[], None]) -> list[float]:
-    """Call `run` repeatedly after a warm-up, then `done`; return each call's seconds. Raises if `clock` stops."""
+    """Call `run` repeatedly after a warm-up, then `done`; return the seconds of each run. Raises if `clock` stops."""
     run()
     taken: list[float] = []
     while len(taken) < _REPEATS and (len(taken) < 3 or sum(taken) < _SECONDS_PER_CELL):

@@ -53,7 +53,7 @@ TransportError = httpx.HTTPError
 
 
 class CacheLayer(Protocol):
-    """The type of a filled layer of a `Cache`: all fields that this package uses; each kind of layer has only some."""
+    """The type of a filled `Cache` layer, with all fields that this package uses; each kind of layer has only some."""
 
     keys: "Tensor"  # [b, kv heads, s, hd]
     values: "Tensor"
@@ -78,12 +78,12 @@ def text_config(model: "PreTrainedModel") -> "TextConfig":
 
 
 def input_embedding(model: "PreTrainedModel") -> "nn.Embedding":
-    """Return the table of token embeddings, `weight` `[vocabulary, hidden]`."""
+    """Return the token embedding layer; its `weight` is `[vocabulary, hidden]`."""
     return cast("nn.Embedding", model.get_input_embeddings())
 
 
 def output_layer(model: "PreTrainedModel") -> "nn.Linear | None":
-    """Return the projection to logits, `weight` `[vocabulary, hidden]`; `None` if the model has none."""
+    """Return the layer that computes logits, with `weight` `[vocabulary, hidden]`; `None` if the model has none."""
     return cast("nn.Linear | None", model.get_output_embeddings())
 
 
@@ -105,7 +105,7 @@ _CPU_INFO = Path("/proc/cpuinfo")
 
 
 def cpu_flags() -> set[str]:
-    """Return the names, as on Linux, of the CPU's instruction sets; empty if the system does not list them."""
+    """Return Linux's names of the CPU's instruction sets; empty if the system does not list any."""
     allowed = os.environ.get(FLAGS_VARIABLE)
     return _all_cpu_flags() if allowed is None else _all_cpu_flags() & set(allowed.split())
 

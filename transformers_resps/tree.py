@@ -124,7 +124,7 @@ class CandidatePool:
 
     @classmethod
     def from_branches(cls, rows: Sequence[Branches]) -> "CandidatePool":
-        """Make a pool on the CPU from each row's nodes; shorter levels are padded with nodes of probability 0."""
+        """Make a pool on the CPU from each row's nodes; smaller levels are padded with nodes of probability 0."""
         levels = [_levels(row.parents) for row in rows]
         depth = max(map(len, levels), default=0)
         widths = [max(len(row[level]) for row in levels if level < len(row)) for level in range(depth)]
@@ -144,7 +144,7 @@ class CandidatePool:
 
     @classmethod
     def merged(cls, pools: Sequence["CandidatePool"]) -> "CandidatePool":
-        """Join pools of the same roots on the CPU; the first of equal paths gets the best score, the others -inf."""
+        """Join pools of the same roots on the CPU. Of equal paths, the first gets the best score, the others -inf."""
         levels = torch.cat([pool.levels for pool in pools])
         order = levels.sort(stable=True).indices
         new_places = order.argsort().tolist()
@@ -169,7 +169,7 @@ class CandidatePool:
         return cls(tokens, parents, scores, levels[order])
 
     def with_an_end(self) -> "CandidatePool":
-        """Return a copy with one more node for padding: a child of the root with probability 0."""
+        """Return a copy with one more node at the end, to use as padding: a child of the root with probability 0."""
         tokens, parents, scores = (
             pad(part, (0, 1), value=value)
             for part, value in ((self.tokens, 0), (self.parents, -1), (self.scores, -inf))
@@ -182,11 +182,11 @@ class CandidatePool:
         return [len(followed(*row, -1)) for row in rows]
 
     def nodes_along(self, path: Tensor) -> Tensor:
-        """Return the pool's node for each token of `path` `[b, m]`, as indices `[b, m]`; -1 once a node is missing."""
+        """Return the pool indices `[b, m]` of nodes along the tokens `path` `[b, m]`; -1 once a node is missing."""
         return self.nodes_of(path, torch.arange(-1, path.shape[1] - 1).expand(path.shape))
 
     def nodes_of(self, tokens: Tensor, parents: Tensor) -> Tensor:
-        """Return the pool index of each node `[b, m]` of another tree; -1 if its path is missing. Parent -1: root."""
+        """Return the pool's indices `[b, m]` of nodes given as tokens and parents (-1: root); -1 for missing paths."""
         nodes = tokens.new_full((len(tokens), tokens.shape[1] + 1), -1)  # the root is last, so index -1 finds it
         is_there = torch.zeros_like(nodes, dtype=torch.bool)
         is_there[:, -1] = True
@@ -318,7 +318,7 @@ class DraftTree:
 
     @classmethod
     def _derive(cls, tokens: Tensor, parents: Tensor, scores: Tensor, level_count: int) -> "DraftTree":
-        """Make a tree; each squaring of the parent matrix doubles the distance at which ancestors are found."""
+        """Make a tree and compute its ancestors: each squaring of the parent matrix doubles the distance covered."""
         seen = _itself(tokens, tokens.shape[1], torch.float32)
         seen.scatter_(2, parents[..., None], 1.0)
         for squaring in range((level_count - 1).bit_length() if level_count else 0):
@@ -329,7 +329,7 @@ class DraftTree:
         return cls(tokens, parents, ancestors.sum(-1) - 1, ancestors, scores, level_count)
 
     def with_branches(self, rows: Sequence[Branches]) -> "DraftTree":
-        """Add each row's nodes to a copy on the CPU; equal paths merge, new nodes of probability 0 are left out."""
+        """Return a CPU copy with each row's nodes added. Equal paths merge; new nodes of probability 0 are dropped."""
         own = zip(self.row_sizes, self.tokens.tolist(), self.parents.tolist(), self.scores.tolist(), rows, strict=True)
         joined = [_Nodes(*(part[:size] for part in mine)).with_branches(more) for size, *mine, more in own]
         sizes = [len(row.tokens) for row in joined]
@@ -387,13 +387,13 @@ class DraftTree:
 
 
 def _itself(tokens: Tensor, node_count: int, dtype: torch.dtype) -> Tensor:
-    """Return identity matrices `[b, n, n]` for the rows of `tokens` and n nodes: each node is its own ancestor."""
+    """Return one identity matrix per row of `tokens`, `[b, n, n]` for n nodes: each node is its own ancestor."""
     itself = torch.eye(node_count, dtype=dtype, device=tokens.device)
     return itself.expand(len(tokens), -1, -1).contiguous()  # each row is written to
 
 
 def _lines(rows: Sequence[Sequence[int]]) -> tuple[list[list[int]], Tensor]:
-    """Compute depths and ancestors `[b, n, n]` from each row's parents; for few nodes faster than `_derive`."""
+    """Compute depths and ancestors `[b, n, n]` from each row's parents; faster than `_derive` if nodes are few."""
     depths, seen = list[list[int]](), bytearray()
     for parents in rows:
         lines, levels = [bytearray(len(parents))], [0]
@@ -411,7 +411,7 @@ def _lines(rows: Sequence[Sequence[int]]) -> tuple[list[list[int]], Tensor]:
 def first_children(
     sizes: Sequence[int], parents: list[list[int]], tokens: list[list[int]]
 ) -> list[dict[tuple[int, int], int]]:
-    """Return a dict per row that maps (parent, token) to the first such child; nodes from `sizes` on are padding."""
+    """Return a dict per row that maps (parent, token) to the first such child; `sizes` count nodes without padding."""
     return [  # reversed, so that the first of equal children wins
         {(above[node], own[node]): node for node in range(size - 1, 0, -1)}
         for size, above, own in zip(sizes, parents, tokens, strict=True)
@@ -423,7 +423,7 @@ DRAFTED, LOOKED_UP, REMEMBERED = 1, 2, 4
 
 
 class _Nodes:
-    """One row of a tree, kept as lists because they are faster than tensors for so few nodes."""
+    """The nodes of one row of a tree, in lists, because lists are faster than tensors for so few nodes."""
 
     def __init__(self, tokens: list[int], parents: list[int], scores: list[float]) -> None:
         self.tokens, self.parents, self.scores = tokens, parents, scores
