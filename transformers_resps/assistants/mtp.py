@@ -64,7 +64,7 @@ class MtpLayer(nn.Module):
 
 
 def _layer_config(target: PreTrainedModel, config: MtpConfig, depth: int) -> Any:
-    """Return a copy of the target's config in which every layer has the type of MTP layer number `depth`."""
+    """Copy the target's config, and set the type of every layer in the copy to that of MTP layer number `depth`."""
     text = target.config.get_text_config(decoder=True)
     kind, kinds = config.layer_type(depth), getattr(text, "layer_types", None)
     if kinds and kind in kinds and getattr(text, "is_heterogeneous", False):
@@ -234,7 +234,7 @@ class MtpHead(TrainableSource, nn.Module):
 
     @torch.no_grad()
     def _start_from(self, target: PreTrainedModel) -> None:
-        """Copy the target's last layer to each MTP layer, but zero output projections: it then returns its input."""
+        """Copy the target's last layer to each MTP layer, with zero output projections: it then outputs its input."""
         norm, shift = target.get_decoder().norm.weight, int(_is_zero_centred(target))
         factors = (norm.float() + shift).abs().clamp(min=_SMALLEST_FACTOR).copysign(norm.float() + shift)
         for layer in cast(Any, self.layers):
@@ -265,7 +265,7 @@ class MtpHead(TrainableSource, nn.Module):
         self.load_state_dict(saved.state_dict())
 
     def readings(self, target: PreTrainedModel, whole: "MtpHead", *, has_images: bool) -> Iterator[MtpReading]:
-        """Yield interpretations of the checkpoint's MTP layers, the configured one first.
+        """Yield all ways to read the checkpoint's layers, the configured one first.
 
         They differ in the feature layer (the configured one or a neighbour), `fed`, `fed_back`, `hidden_first`,
         `zero_centred` and `own_output_head`.
@@ -341,7 +341,7 @@ class MtpHead(TrainableSource, nn.Module):
 
     @property
     def feature_layers(self) -> list[int]:
-        """The index of the hidden state to read, in a list; the layer count + 1 means after the final norm."""
+        """Index of the hidden state to read: `feature_layer`, else the last; last + 1 means after the final norm."""
         last, chosen = self.target["num_hidden_layers"], self.settings.feature_layer
         return [last + (self.settings.fed == "after") if chosen is None else chosen]
 
@@ -408,7 +408,7 @@ _SMALLEST_FACTOR = 0.1  # Smallest absolute factor of the target's norm that `fr
 
 
 def _is_zero_centred(target: PreTrainedModel) -> bool:
-    """Return whether the target's norms multiply by 1 + weight: then a new norm's weights are zero."""
+    """Return whether the target's norms multiply by 1 + weight: new norms of this kind have weights of zero."""
     with torch.device("cpu"):
         return not type(target.get_decoder().norm)(1).weight.any()
 
@@ -428,7 +428,7 @@ def _borrowing(config: MtpConfig, checkpoint: MtpCheckpoint, target: PreTrainedM
 
 
 class KeptRows:
-    """Keeps, for each MTP layer, copies of its output head's rows for the draft vocabulary, until the rows change."""
+    """Keeps, for each MTP layer, copies of the output head's rows for the draft vocabulary, until weights change."""
 
     def __init__(self) -> None:
         self._kept: dict[int, tuple[tuple[int, int], Callable[[Tensor], Tensor]]] = {}
@@ -451,7 +451,7 @@ _GROWING_ROPES = ("dynamic", "longrope")  # RoPE types whose angles depend on th
 
 class BoundMtp(TrainableModel):
     """Runs a head's MTP layers with parts of one target; see `MtpHead.bind`. `layers` are the head's, or copies with
-    packed weights; `rows` caches rows of output heads. `forward`, if passed, replaces `MtpHead.forward`.
+    packed weights. If passed, `forward` replaces `MtpHead.forward`, with the same arguments.
     """
 
     def __init__(
@@ -550,8 +550,8 @@ class BoundMtp(TrainableModel):
 
 
 def _near(entries: Entries, positions: Tensor, pattern: AttentionPattern) -> Tensor | None:
-    """Return the mask of `entries`, changed so that it also hides text outside the pattern's window; `None` for one
-    query without a mask. `positions` `[b or 1, t, 1]` belong to the queries. The tree's keys, in slots < 0, are kept.
+    """Return the mask of `entries` that also hides text keys outside the pattern's window; `None` for a single query
+    without a mask. `positions` `[b or 1, t, 1]` belong to the queries. Keys of the tree, in slots below 0, are kept.
     """
     mask, count = entries.mask, positions.shape[1]
     if mask is None and count == 1:
@@ -563,7 +563,7 @@ def _near(entries: Entries, positions: Tensor, pattern: AttentionPattern) -> Ten
 
 
 class _Newest(Entries):
-    """Wraps `entries` for a single query without a mask: `update` returns no keys of the text before the window."""
+    """Wraps `entries` for a single query without a mask: `update` leaves out the text before the window."""
 
     def __init__(self, entries: Entries, window: int) -> None:
         self._entries, self._window = entries, window
@@ -579,7 +579,7 @@ class _Newest(Entries):
 
 
 def _added(mask: Tensor | None, like: Tensor) -> Tensor | None:
-    """Convert a bool mask to an additive one in the dtype of `like` `[b, t, h]`; `None` becomes causal if t > 1."""
+    """Convert a bool mask to an additive one with the dtype of `like` `[b, t, h]`; `None`: causal, if t > 1."""
     count = like.shape[1]
     if mask is None and count == 1:
         return None

@@ -17,7 +17,7 @@ Head = TypeVar("Head", bound=PreTrainedModel)
 
 
 def draft_vocabulary(target: PreTrainedModel, size: int | None, ids: Tensor | Sequence[int] | None) -> Tensor | None:
-    """Check and sort the target `ids` `[d]` of a draft vocabulary. Without `ids`, return the lowest `size` ids; with
+    """Check and sort the target `ids` of a draft vocabulary, `[d]`. Without `ids`, return the lowest `size` ids; with
     neither, return `None`: the head can propose all tokens. Raises a `ValueError` if `size` or `ids` are invalid.
     """
     check_is_model(target)
@@ -50,15 +50,9 @@ def draft_vocabulary(target: PreTrainedModel, size: int | None, ids: Tensor | Se
 
 
 @torch.no_grad()
-def fresh_head(
-    kind: type[Head],
-    target: PreTrainedModel,
-    draft_vocab_size: int | None,
-    draft_token_ids: Tensor | Sequence[int] | None,
-    fields: dict[str, Any],
-) -> Head:
-    """Create an untrained head of class `kind` whose config has these `fields`; see `DraftHead.from_target`. To
-    train faster, `fc` at first passes on the deepest feature, and the norm and output rows are copied from the target.
+def fresh_head(kind: type[Head], target: PreTrainedModel, rows: Tensor | None, fields: dict[str, Any]) -> Head:
+    """Create an untrained head of class `kind` whose config has these `fields`; `rows` is its `draft_vocabulary`. To
+    train faster, it begins with an `fc` that copies the deepest feature, and with the target's norm and output rows.
     """
     head: Any = kind(_config(kind, target, None if rows is None else len(rows), fields))
     head.to(device=target.device, dtype=target.dtype)
@@ -76,7 +70,7 @@ def fresh_head(
 
 
 def _config(kind: type[Head], target: PreTrainedModel, draft_vocab_size: int | None, fields: dict[str, Any]) -> Any:
-    """Make a head's config for `target` from defaults and `fields`. Raises a `ValueError` if a field does not fit."""
+    """Make a head's config for `target` from defaults and `fields`. Raises a `ValueError` if they do not fit."""
     where, of = f"{kind.__name__}.from_target", cast(Any, kind.config_class)
     if target.config.is_encoder_decoder:
         raise ValueError(
@@ -109,7 +103,7 @@ def _plain_norm(target: PreTrainedModel) -> Tensor | None:
 
 
 def block_fields(target: PreTrainedModel, feature_layers: list[int] | None, given: dict[str, Any]) -> dict[str, Any]:
-    """Complete the fields `given` for a block head's config by the defaults of a small head for `target`."""
+    """Return the fields `given` for a block head's config, with defaults of a small head for the others."""
     check_is_model(target)
     config = text_config(target)
     depth, theirs = config.num_hidden_layers, getattr(config, "rope_parameters", None) or {}
@@ -128,7 +122,7 @@ def block_fields(target: PreTrainedModel, feature_layers: list[int] | None, give
 
 @torch.no_grad()
 def start_layers(layers: Any, hidden_norm: Any, target: PreTrainedModel) -> None:
-    """Initialize a head's `layers` from the target's last layers: copy each weight whose name and shape are the same.
+    """Copy to each of a head's `layers` those weights of the target's last layers that have the same name and shape.
     Also copy the first layer's input norm to `hidden_norm`, so that the text's keys and values start as in the target.
     """
     if _plain_norm(target) is None:
@@ -142,7 +136,7 @@ def start_layers(layers: Any, hidden_norm: Any, target: PreTrainedModel) -> None
 
 
 def _misfits(config: Any, theirs: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield a fault and its remedy, as texts, for each contradiction in a config or to the target's sizes `theirs`."""
+    """Yield each contradiction among the config's fields or with the target's sizes `theirs`, and its remedy."""
     layers, depth, width = config.feature_layers, theirs["target"]["num_hidden_layers"], theirs["hidden_size"]
     if layers[-1] > depth:
         yield (
@@ -165,7 +159,7 @@ def _misfits(config: Any, theirs: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _stated(config: Any, name: str, otherwise: Any = None) -> Any:
-    """Return field `name` of a config; `otherwise` if it is missing or null, or differs between layers (Gemma 4)."""
+    """Return field `name` of a target's config; `otherwise` if missing, null, or differs by layer as in Gemma 4."""
     try:
         found = getattr(config, name, None)
     except RuntimeError:  # `AmbiguousGlobalPerLayerAttributeError` of Transformers 5.24
@@ -174,7 +168,7 @@ def _stated(config: Any, name: str, otherwise: Any = None) -> Any:
 
 
 def _target_sizes(target: PreTrainedModel) -> dict[str, Any]:
-    """Return the fields of a head's config that come from the target: its sizes, token ids and identity."""
+    """Return the config fields that make a head's layers like the target's layers."""
     config = text_config(target)
     heads = config.num_attention_heads
     head_dim = _stated(config, "head_dim", config.hidden_size // heads)

@@ -1,4 +1,4 @@
-"""Training objectives: of draft heads and MTP layers (levels run in turn), and of block heads (all levels at once)."""
+"""Training objectives: for draft heads (a level reads earlier levels) and block heads (all levels in one pass)."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -143,7 +143,8 @@ class BlockObjective(Objective):
         self, bound: BoundBlockHead, states: Tensor, context: Tensor | None, before: Tensor, teacher: Teacher
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Compute n outputs' loss at a level: `soft_cross_entropy`, plus losses of a selector or confidence head."""
-        normed, (weight, bias), correction = bound.normed(states), bound.output_rows(), head.correction
+        head, normed, (weight, bias) = bound.head, bound.normed(states), bound.output_rows()
+        correction = head.correction
         added = (context, correction.table) if context is not None and isinstance(correction, MarkovHead) else None
         ones, pair = normed.new_ones(1, len(normed), dtype=torch.float32), added and (added[0][None], added[1])
         total, losses, hits = soft_cross_entropy(normed[None], weight, teacher, ones, self.chunk_size, bias, pair)
@@ -174,10 +175,10 @@ def draw_anchors(predicted: Tensor, share: float) -> tuple[Tensor, Tensor]:
 def contexts_of(
     correction: MarkovHead | CandidateSelector, hidden: Tensor, before: Tensor, first: Tensor | None
 ) -> Tensor:
-    """Compute context vectors `[k, n, r]` for n blocks; products with the correction's table are added to the logits.
+    """Compute context vectors `[k, n, r]` for n blocks; times the correction's table `[d, r]`, they adjust the logits.
 
-    `hidden` `[k, n, h]` are the outputs that predict the tokens of k levels, `before` `[k, n]` the true tokens before
-    these tokens, and `first` `[n, h]` the outputs at the blocks' roots; `None` if the roots predict the first level.
+    `hidden` `[k, n, h]` has the outputs that predict the tokens of k levels, `before` `[k, n]` the true tokens before
+    these, and `first` `[n, h]` the outputs at the blocks' roots, or `None` if the roots predict the first level.
     """
     rows = correction.before(before)
     if not isinstance(correction, MarkovHead) or correction.kind != "rnn":
@@ -217,7 +218,7 @@ def selection_loss(found: Logits, teacher: Teacher, selector: CandidateSelector,
 
 @torch.no_grad()
 def shared_probability(found: Logits, teacher: Teacher, added: tuple[Tensor, Tensor] | None) -> Tensor:
-    """Compute a confidence head's fp32 labels `[n]`: sums over the draft vocabulary of min(p, q) of head and target.
+    """Compute a confidence head's labels, fp32 `[n]`: sums of min(p, q) for the probabilities of head and target.
 
     `added` is as in `soft_cross_entropy`, for one level. Source: DSpark (arXiv 2607.05147).
     """
