@@ -23,7 +23,7 @@ from .step_model import Places, StepModel, likeliest
 from .text import Prefix
 
 
-# For each layer a bool mask `[b or 1, 1, q, s]`, false where a query must not see a key; `None` if it sees all.
+# For each layer a bool mask `[b or 1, 1, q, s]`, false where a query must not see a key; `None` if all see all keys.
 Masks = Sequence[Tensor | None]
 
 
@@ -40,8 +40,8 @@ class Branching(NamedTuple):
 
     `scores(level, chosen, state)` is called for each level in turn, from 0. It returns fp32 log probabilities
     `[b, 1 or w, m]` of the level's m candidates below each of w parents (-inf if a parent cannot have such a child),
-    and the next call's `state`. `chosen` `[b, w]` are the indices of the parents in the level above, whose log
-    probabilities are flattened; `None` if the root is the parent. `state` is `None` in the first call.
+    and the next call's `state`. `chosen` `[b, w]` holds each parent's index in the level above, flattened from
+    (parent, candidate); `None` if the root is the parent. `state` is `None` in the first call.
     """
 
     candidates: Tensor  # [b, D, m] target ids
@@ -49,7 +49,7 @@ class Branching(NamedTuple):
 
 
 class BlockModel(StepModel):
-    """A model for one target that predicts a block of tokens at once. Its cache has all text but the newest token."""
+    """A draft model for one target that predicts a block of tokens at once. Its cache lacks only the newest token."""
 
     block_levels: int  # maximum number of tokens that a block drafts
     most_children: int  # maximum number of children of a node
@@ -78,7 +78,7 @@ class BlockModel(StepModel):
         """Return each level's candidates, and the function that scores them, for drafts below tokens `root` `[b]`.
 
         `slots` come from `fill`. By default each level has its k likeliest tokens as candidates, whose scores do
-        not depend on the parent. `ranks` `[k]`, 0 or -inf, is added to the scores of a node's children, best first.
+        not depend on the parent. `ranks` `[k]` is added to their scores, best first: 0, or -inf to drop a candidate.
         """
         scores, best = likeliest(slots.logits, ranks.shape[0])  # [b, D, k]
         scores = (scores + ranks)[:, :, None]
@@ -110,7 +110,7 @@ class BlockPaths(NamedTuple):
 
 
 def best_paths(branching: Branching, above: Tensor, levels: int) -> BlockPaths:
-    """Find the n nodes with the best path scores in each of `levels` levels. `bounds` returns `above` `[b, n]`."""
+    """Find in each of `levels` levels the n nodes with the best path scores. `above` `[b, n]` comes from `bounds`."""
     candidates, follow = branching
     chosen, state, best, scores = None, None, [], []
     for level in range(levels):
@@ -132,8 +132,8 @@ def level_sizes(shape: TreeShape) -> list[int]:
 def bounds(shape: TreeShape, rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return the argument `above` `[rows, n]` of `best_paths`, and zeros `[k]` for `ranks` of `BlockModel.branching`.
 
-    Their sizes determine the size of the draft: n nodes per level, k children per node. `above` holds the path scores
-    of a level with the root alone: 0 and then -inf.
+    Their sizes determine the size of the draft: n nodes per level, k children per node. `above` holds the root's path
+    score, 0, followed by -inf.
     """
     above = torch.full((rows, shape.total_tokens - 1), -torch.inf, device=device)
     above[:, 0].fill_(0.0)
@@ -141,7 +141,7 @@ def bounds(shape: TreeShape, rows: int, device: torch.device) -> tuple[Tensor, T
 
 
 class BlockPass(FirstPass[BlockPaths]):
-    """Runs the model over the newest tokens and a block after them, and finds the best paths of the block's tokens."""
+    """Runs a block model over the newest tokens, then over a block of positions, and finds the block's best paths."""
 
     sizes = (*FirstPass.sizes, "bn", "k")
 
@@ -190,7 +190,7 @@ def _mask(text: Prefix, count: int, pattern: AttentionPattern) -> Tensor | None:
 
 
 class BlockDraft(Draft[BlockPaths]):
-    """Drafts all levels in one pass over a block. So it never asks `DraftRequest.goes_on` whether to stop earlier."""
+    """Drafts all levels in one pass over a block, and therefore ignores `DraftRequest.goes_on`."""
 
     def __init__(self, model: BlockModel, shape: TreeShape) -> None:
         most = max(shape.total_tokens - 1, 1)

@@ -16,7 +16,7 @@ _TREE_ROOM = 128  # Slots for a tree in a new cache.
 
 
 class Entries(ABC):
-    """Stores the keys and values of a pass's tokens, and returns all keys and values that these tokens attend to.
+    """Stores keys and values of a forward pass's tokens, and returns all keys and values that the tokens attend to.
 
     Layers of Transformers get this object as their cache, and `mask` as their attention mask.
     """
@@ -32,7 +32,7 @@ class Entries(ABC):
         """Store keys and values `[b, kv heads, t, hd]`; return all keys and values that the tokens may attend to."""
 
     def __call__(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Store t tokens' keys and values; attend with `queries` `[b, heads, q, hd]` of the last q tokens."""
+        """Store t tokens' keys and values; return attention `[b, heads, q, hd]` for `queries` of the last q tokens."""
         mask = None if self.mask is None else self.mask[:, :, -queries.shape[2] :]
         return attend(queries, *self.update(keys, values, layer), mask)
 
@@ -56,8 +56,8 @@ class DraftCache:
     it need not move while the text grows. Each tree overwrites the previous one, as in EAGLE's code, so to drop a tree
     costs nothing. Buffers start as zeros, because attention also reads masked slots.
 
-    `buffers` `[b, kv heads, tree_room + capacity, hd]` are keys and values of each layer in turn; `tree_room` slots
-    are negative. A missing layer gets buffers at its first write. Masks are on the buffers' device, else on `device`.
+    `buffers` `[b, kv heads, tree_room + capacity, hd]` are keys and values of each layer in turn; negative slots come
+    first. A layer without buffers gets them at its first write. Without buffers, masks are made on `device`.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class DraftCache:
 
     @property
     def buffers(self) -> tuple[Tensor, ...]:
-        """Keys and values of each layer in turn; layers that have stored none yet are left out."""
+        """Buffers of keys and values of each layer in turn, without layers that have stored nothing yet."""
         return tuple(part for _, pair in sorted(self._layers.items()) for part in pair)
 
     def reserve(self, length: int, tree: int = 0) -> None:
@@ -86,7 +86,7 @@ class DraftCache:
             self.capacity, self.tree_room = self.capacity + more, self.tree_room + ahead
 
     def forget(self, count: int, length: int) -> None:
-        """Drop the first `count` of the text's `length` keys and values, so that the later ones begin at slot 0."""
+        """Drop the first `count` of the text's `length` keys and values; move the later ones to begin at slot 0."""
         room = self.tree_room
         for kept in self.buffers if count < length else ():
             kept[:, :, room : room + length - count] = kept[:, :, room + count : room + length].clone()
@@ -118,7 +118,7 @@ class DraftCache:
         return self._true.expand(1, length)
 
     def of_layer(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Return a layer's buffers; if missing, make them for `keys` and `values`. Slot i is at `tree_room + i`."""
+        """Return a layer's two buffers, made for `keys` and `values` if missing. Slot i has index `tree_room + i`."""
         if layer not in self._layers:
             slots = self.tree_room + self.capacity
             made = [part.new_zeros(*part.shape[:2], slots, part.shape[3]) for part in (keys, values)]
@@ -156,8 +156,8 @@ class _CacheEntries(Entries):
         return self._mask_of(self._where.shape[1] if isinstance(self._where, Tensor) else self._end - self._where)
 
     def _mask_of(self, queries: int, copies: int = 1) -> Tensor | None:
-        """Return a mask `[b or 1, 1 or copies, queries, s]` for the pass's last tokens over s slots. A tree's mask is
-        repeated `copies` times, once for each query head that shares a key head.
+        """Return a mask `[b or 1, 1 or copies, queries, s]` for the pass's last tokens over s slots; `None` if none is
+        needed. A tree's mask is repeated `copies` times, once for each query head that shares a key head.
         """
         if self._made is None:
             if self._seen is None and self._is_plain(queries):

@@ -1,7 +1,7 @@
-"""Build a tree of likely next tokens from places where texts contain the present text's last tokens.
+"""Build a tree of likely next tokens from places where this or another text contains the text's last tokens.
 
 As in SuffixDecoding (arXiv 2411.04975, section 4), the likeliest node is added first. The "odds" of a token are the
-probability that it is right, estimated from earlier tokens with similar match lengths and similar shares of places.
+probability that it is right, estimated from earlier tokens with similar match lengths and shares of places.
 """
 
 from array import array
@@ -19,14 +19,14 @@ from .suffixes import SEPARATOR, Suffixes
 LONGEST_DRAFT = 16  # Maximum number of levels of a tree.
 _MOST_PLACES = 24  # Maximum number of places that are examined for a match length.
 _MATCHES = 3  # Maximum number of match lengths that are used: the longest one, half of it, and so on.
-_LEAST_SHARE = 1 / 16  # Minimum share of the places at which a token must have followed.
+_LEAST_SHARE = 1 / 16  # Minimum share of the places at which a proposed token followed.
 _LEAST_ODDS = 0.02  # Minimum odds of a node.
 _LENGTHS = (1, 2, 3, 4, 6, 9, 14)  # The shortest match length in each class of match lengths.
 # Acceptance rates that are assumed before any outcome is recorded, measured on texts like those of the benchmarks:
-_ONCE = (0.3, 0.35, 0.4, 0.45, 0.55, 0.8, 0.85)  # for each class: of a token that followed at the only place;
-_ALWAYS = (0.7, 0.7, 0.7, 0.75, 0.8, 0.9, 0.95)  # for each class: of a token that followed at all of several places;
-_SHARES, _PARTLY = (0.125, 0.25, 0.5), (0.04, 0.1, 0.18, 0.3)  # of a token that followed at a share of the places;
-_ODDS, _OPPOSED = (0.1, 0.2, 0.4, 0.7, 0.9), (0.01, 0.03, 0.06, 0.2, 0.4, 0.7)  # by odds, if a drafter opposes it.
+_ONCE = (0.3, 0.35, 0.4, 0.45, 0.55, 0.8, 0.85)  # of a token that followed at the only place, by match length;
+_ALWAYS = (0.7, 0.7, 0.7, 0.75, 0.8, 0.9, 0.95)  # of a token that followed at all of several places, by match length;
+_SHARES, _PARTLY = (0.125, 0.25, 0.5), (0.04, 0.1, 0.18, 0.3)  # of a token at some of them, by their share;
+_ODDS, _OPPOSED = (0.1, 0.2, 0.4, 0.7, 0.9), (0.01, 0.03, 0.06, 0.2, 0.4, 0.7)  # by odds: see `opposed_class`.
 _SUM = -1  # Index of a record's class for whole trees: its rate is the number of right nodes over the sum of odds.
 _NOWHERE = -2  # Index of a node that the other drafter did not propose.
 _PRIOR_WEIGHT = 4.0  # Number of outcomes that an assumed rate counts for.
@@ -34,7 +34,7 @@ _MEMORY = 0.98  # Factor on the weight of all earlier outcomes when an outcome i
 
 
 def length_class(length: int) -> int:
-    """Return the class of matches of `length` tokens, at least 1, as an index in `_LENGTHS`."""
+    """Return the index of the range in `_LENGTHS` that contains a match length; `length` must be at least 1."""
     return bisect_right(_LENGTHS, length) - 1
 
 
@@ -53,13 +53,13 @@ class TrackRecord:
         return self._right[index] / self._tried[index]
 
     def add(self, index: int, right: float, tried: float = 1.0) -> None:
-        """Record that `right` of `tried` predictions of class `index` were right; `tried` may be an expectation."""
+        """Record that `right` of `tried` predictions of class `index` were right; `tried` may be a sum of odds."""
         self._right[index] = self._right[index] * _MEMORY + right
         self._tried[index] = self._tried[index] * _MEMORY + tried
 
 
 def match_record() -> TrackRecord:
-    """Make a record for looked-up tokens: one class for each range of match lengths and of shares of the places."""
+    """Make a record for looked-up tokens, whose classes combine a range of match lengths and a share of the places."""
     priors = zip(_ONCE, _ALWAYS, strict=True)
     rates = [rate for once, always in priors for rate in (once, always, (1 + always) / 2, *_PARTLY)]
     return TrackRecord([*rates, *_OPPOSED, 1.0])  # the last classes: tokens that another drafter opposes, and `_SUM`
@@ -82,14 +82,14 @@ class Corpus:
     proposer: int  # the flag in `DraftTree.proposers` of nodes found in these texts
 
 
-# The tokens of a searched text, the position after a match in them, and their number at the time of the search.
+# The tokens of a searched text, the position after a match in this text, and its length at the time of the search.
 Place = tuple["array[int]", int, int]
 
 
 class _Occurrences:
     """Places in one corpus where the text's last tokens occur, all followed by the same `depth` tokens.
 
-    `length` counts all shared tokens. `odds` is the probability that the last token, whose class is `index`, is right.
+    `length` counts all matched tokens, these included. `odds` of the last token are the rate of the class `index`.
     """
 
     __slots__ = ("_class", "_depth", "_followers", "_length", "_places", "corpus", "odds")
@@ -101,7 +101,7 @@ class _Occurrences:
 
     @property
     def opposed_class(self) -> int:
-        """Class in the corpus's record for the last token, if another drafter proposes only other tokens here."""
+        """Class of the last token in the corpus's record if another drafter proposes only other tokens here."""
         return bisect_right(_ODDS, self.odds) - len(_OPPOSED) + _SUM
 
     def followers(self) -> "dict[int, _Occurrences]":
@@ -226,7 +226,7 @@ class Continuations:
         """Return the `most` best nodes. The probability of each node whose odds are below `least_prob` is set to 0.
 
         Exceptions are ancestors of nodes that are likely enough, and nodes that `weigh_beside` found in the other
-        drafter's tree, since a policy may cut them there.
+        drafter's tree, since a policy may remove them from that tree.
         """
         count = min(most, len(self.grow(most).tokens))
         beside = self.odds if self.odds_beside is None else self.odds_beside
@@ -238,13 +238,13 @@ class Continuations:
         return Branches(self.tokens[:count], self.parents[:count], probs, self.proposers[:count])
 
     def judge(self, tokens: Sequence[int]) -> None:
-        """Record which continuations of the text were right, also ones that no step used, given the next `tokens`."""
+        """Record which continuations agree with the text's next `tokens`, even continuations that no step used."""
         matches = self._matches
         for token in tokens:
             matches = [below for match in matches for below in match.judge(token)]
 
     def judge_sum(self, tokens: Sequence[int]) -> None:
-        """Record how many of the tree's nodes were right, and the sum of all odds, given the next `tokens`."""
+        """Record how many of the tree's nodes agree with the text's next `tokens`, and the sum of the nodes' odds."""
         if self._sums is None or not self.tokens or not tokens:
             return
         path, promised = followed(self.tokens, self.parents, tokens, -1), 0.0
@@ -257,7 +257,7 @@ class Continuations:
         self._sums.add(_SUM, len(path), promised)
 
     def judge_beside(self, tokens: Sequence[int]) -> None:
-        """Record which nodes opposed by the other drafter (see `weigh_beside`) were right, given the next `tokens`."""
+        """Record which nodes agree with the text's next `tokens` where another drafter proposed only other tokens."""
         matches, twin = self._matches, -1
         for token in tokens:
             drafted = self._drafted.get(twin)

@@ -69,14 +69,14 @@ class Drafter(CandidateGenerator, ABC):
 
     @abstractmethod
     def observe(self, committed: Committed) -> None:
-        """Learn which tokens were added to the text. The loop calls this after the prompt and after each step."""
+        """Receive tokens that were added to the text. The loop calls this after the prompt and after each step."""
 
     def get_candidates(
         self, input_ids: Tensor, *, model_outputs: Any = None, **kwargs: Any
     ) -> tuple[torch.LongTensor, Any]:
-        """Propose a chain of c tokens after the text `input_ids` `[1, s]`: return both, `[1, s + c]`, and no logits.
+        """Return the text `input_ids` `[1, s]` with a drafted chain of c tokens, `[1, s + c]`, and `None` for logits.
 
-        Transformers' loop calls this with `model_outputs`, those of its newest forward with hidden states.
+        Transformers' loop passes as `model_outputs` the outputs, with hidden states, of its newest forward.
         """
         if self.feature_layers and model_outputs is None:  # before the prompt is read
             return cast(torch.LongTensor, input_ids), None

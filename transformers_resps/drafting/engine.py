@@ -31,8 +31,8 @@ Capture = Callable[[Callable[..., tuple[Tensor, ...]]], CapturedFunction]
 class DraftEngine(CompileEngine[StepModel]):
     """Runs one source's drafts fast: captures a CUDA graph for each shape, or compiles each pass once for all sizes.
 
-    `capture` turns a function into one that runs in a single launch. The default captures CUDA graphs on a GPU; on
-    other devices nothing is captured by default, and passes are compiled.
+    `capture` turns a function into one that runs in a single launch. By default drafts are captured as CUDA graphs on
+    a GPU, and passes are compiled on other devices.
     """
 
     name = "the draft head"
@@ -65,7 +65,7 @@ class DraftEngine(CompileEngine[StepModel]):
     def draft(
         self, draft: Draft[Any], pairs: Pairs | None, text: Prefix, before: Root | None
     ) -> tuple[Root, CandidatePool, DraftTree | None]:
-        """Draft like `Draft.__call__`, by a captured graph, by compiled passes, or eagerly.
+        """Run `draft` by a captured graph, by compiled passes, or eagerly; for the arguments see `Draft.__call__`.
 
         Returns the root, the pool, and the tree (`None` without a graph). All are valid until the next draft.
         """
@@ -156,7 +156,7 @@ def _example(
 
 
 class DraftEngines:
-    """Holds an engine for each source until the source is deleted. A copied or pickled object has none."""
+    """Holds a `DraftEngine` for each source until the source is deleted. Copies and pickles hold no engines."""
 
     def __init__(self, make: Callable[[], DraftEngine] = DraftEngine) -> None:
         self._make = make

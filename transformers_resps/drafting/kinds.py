@@ -49,7 +49,7 @@ _OF_BLOCKS = ("prefix_gru.", "logit_head.prefix_gru.", "markov_head.", "candidat
 
 
 def bare_names(tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `tensors` without prefixes of their names, and without tensors that the config or target provides."""
+    """Remove known prefixes from the names of `tensors`, and leave out tensors that the config or target provides."""
     found = {}
     for name, tensor in tensors.items():
         while name.startswith(_PREFIXES):
@@ -60,7 +60,7 @@ def bare_names(tensors: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_eagle(tensors: Mapping[str, Any]) -> bool:
-    """Whether the first layer reads an embedding next to a feature, or tensors have names used only in EAGLE-3."""
+    """Whether the first layer reads an embedding joined with a feature, or a name occurs only in EAGLE-3 heads."""
     fused, query = (tensors.get(name) for name in SHAPING)
     is_wide = fused is not None and query is not None and query.shape[1] == 2 * fused.shape[0]
     return is_wide or any("mask_hidden" in name for name in tensors) or "layers.0.hidden_norm.weight" in tensors
@@ -123,6 +123,6 @@ def kind_of_model(model_type: str | None) -> DrafterKind:
 
 
 def kind_of(source: DraftSource) -> DrafterKind:
-    """Return the kind in `KINDS` of a source; raise `StopIteration` if the source is of no such kind."""
+    """Return the entry of `KINDS` for a source; raise `StopIteration` if there is none."""
     names = {parent.__name__ for parent in type(source).__mro__}
     return next(kind for kind in KINDS if kind.name in names)

@@ -1,4 +1,4 @@
-"""The drafter that runs a draft model in one call: level by level, or once over a block of all levels."""
+"""The drafter that runs a draft model during one call of `generate`: once per level, or once over a block."""
 
 from collections.abc import Sequence
 from typing import Any

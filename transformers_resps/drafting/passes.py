@@ -47,7 +47,7 @@ class DraftPass(ABC, Generic[Given, Found]):
 
     @abstractmethod
     def tensors(self, given: Given) -> list[Tensor]:
-        """Convert `given` to inputs of `of_tensors`. Pads dimensions whose size may change to at least `FEWEST`."""
+        """Convert `given` to inputs of `of_tensors`. Pads dimensions whose size may change to 2 (`FEWEST`) or more."""
 
     @abstractmethod
     def of_tensors(self, cache: DraftCache, *tensors: Tensor) -> Found:
@@ -88,12 +88,12 @@ def text_of_tensors(
 
 
 def filled_up(part: Tensor) -> Tensor:
-    """Pad `[b, t, ...]` to at least `FEWEST` tokens by repeating the last token."""
+    """Pad `[b, t, ...]` to at least `FEWEST` (2) tokens by repeating the last token."""
     return part if part.shape[1] >= FEWEST else part[:, -1:].expand(-1, FEWEST, *part.shape[2:])
 
 
 def read(model: StepModel, pairs: Pairs, text: Prefix, before: Root | None = None) -> Root:
-    """Run all depths of the model over new `pairs`; return the new root. `before` is the root before these pairs."""
+    """Run all depths of the model over new `pairs`, and return the new `Root`. `before` is the previous `Root`."""
     tokens, features, where, positions = pairs
     newest, places = slice(-1, None), positions.places
     wanted = newest if model.depths == 1 else ALL
@@ -118,8 +118,8 @@ def read(model: StepModel, pairs: Pairs, text: Prefix, before: Root | None = Non
 def one_later(states: Tensor, where: int | Tensor) -> Tensor:
     """Return for each of t tokens the state of the token before it, `[b, t, h]`.
 
-    `states` `[b, 1 + t, h]` begins with the state before the first token. Rows with fewer tokens repeat some, in the
-    same slots `where`; then the token before a token is the one whose slot is lower by 1.
+    `states` `[b, 1 + t, h]` begins with the state before the first token. Rows with fewer tokens repeat some, with the
+    same slot in `where`. So the token before a token is found by its slot, which is lower by 1.
     """
     if not isinstance(where, Tensor):
         return states[:, :-1]
@@ -140,7 +140,7 @@ class LevelNodes(NamedTuple):
 
 
 class LevelPass(DraftPass[LevelNodes, tuple[Tensor | None, Growth]]):
-    """Runs one depth of the model over drafted nodes, and drafts children of the newest level's nodes.
+    """Runs one depth of the model (see `StepModel`) over drafted nodes, and drafts children of the newest level.
 
     Returns two things: for each node the hidden state `[b, n, h]` to pair with its children (`None` if the new level
     is the last), and the new level.
@@ -218,11 +218,11 @@ class FirstPass(DraftPass[First, tuple[Root, Grown]]):
 
     @abstractmethod
     def edges(self, shape: TreeShape, rows: int, fewest: int = 0) -> list[Tensor]:
-        """Return the tensors `edges` for `below`. Their sizes, at least `fewest`, set how many nodes are drafted."""
+        """Return `edges` for `below`: tensors whose sizes, at least `fewest`, set how many nodes it drafts."""
 
     @abstractmethod
     def below(self, root: Root, text: Prefix, shape: TreeShape | None, *edges: Tensor) -> Grown:
-        """Draft below a root. `shape` is `None` in compiled code, where the sizes of `edges` replace it."""
+        """Draft levels below `root`. In compiled code `shape` is `None`, and the sizes of `edges` replace it."""
 
     @abstractmethod
     def ahead(self, shape: TreeShape | None) -> int:
@@ -313,7 +313,7 @@ class Draft(ABC, Generic[Grown]):
         return root.output, pool.tokens, pool.parents, pool.scores, *ranked
 
     def tensors(self, pairs: Pairs, text: Prefix) -> list[Tensor]:
-        """Return the input tensors of `of_tensors`."""
+        """Convert new `pairs` and their text to the input tensors of `of_tensors`."""
         rows = len(pairs.tokens)
         assert pairs.features is not None
         slots, positions = (part.expand(rows, -1) for part in (pairs.slots, pairs.positions.numbers))

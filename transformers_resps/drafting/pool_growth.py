@@ -41,7 +41,7 @@ class Frontier(NamedTuple):
 
 
 class Growth(NamedTuple):
-    """One more level of a pool."""
+    """One more level of a pool: the children of a frontier, and the frontier of the next level."""
 
     tokens: Tensor  # [b, w, k] the children of each node of a frontier
     scores: Tensor  # [b, w, k] path scores, as in the pool
@@ -108,7 +108,7 @@ def branch(
 
 
 def _joined(levels: list[Growth]) -> CandidatePool:
-    """Concatenate the levels to a pool, and compute each node's index of its parent in the pool."""
+    """Concatenate the levels to a pool, and compute for each node the index of its parent in the pool."""
     first = levels[0].tokens
     order = torch.arange(-1, first.shape[-1], device=first.device)  # indices of the root (-1) and the first level
     sizes = [level.tokens.shape[1:].numel() for level in levels]

@@ -85,7 +85,7 @@ class Lookup:
 
     @property
     def odds(self) -> list[float]:
-        """Falling probabilities of the best nodes; after `weigh_beside`, only of nodes that lookup alone proposes."""
+        """Probabilities of the best nodes, highest first; after `weigh_beside`, without nodes of other drafters."""
         beside = self.found.odds_beside
         if beside is not None:
             return sorted(filter(None, beside), reverse=True)
@@ -95,8 +95,8 @@ class Lookup:
 class LookupDrafter(Drafter):
     """Drafts each row of a batch with its own `Lookup`. Observed tokens are indexed before the next proposal.
 
-    `pads` counts the padding tokens before each row's prompt. `origins` are, for each row, source tokens to search
-    before the text, such as an encoder's input; `None` for none. Other arguments are as in `Lookup`.
+    `pads` counts the padding tokens before each row's prompt. `origins` are tokens put before each row's text for
+    searching, such as an encoder's input; `None` for none. Other arguments are as in `Lookup`.
     """
 
     proposable_tokens = 1
@@ -140,7 +140,7 @@ class LookupDrafter(Drafter):
 
     @property
     def odds(self) -> list[list[float]]:
-        """`Lookup.odds` of each row."""
+        """Probabilities of each row's best nodes, see `Lookup.odds`."""
         self.read()
         return [lookup.odds for lookup in self._lookups]
 

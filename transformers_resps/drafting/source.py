@@ -77,7 +77,7 @@ class DraftSource(ABC):
 
 
 class LevelSource(DraftSource):
-    """Source whose drafts are made by a draft model. `bind` returns this model for a target."""
+    """A source that drafts with a draft model. `bind` returns this model for a target."""
 
     @abstractmethod
     def check_target(self, target: PreTrainedModel) -> None:
@@ -102,7 +102,7 @@ class LevelSource(DraftSource):
 
 @dataclass(frozen=True, slots=True)
 class FileReading(ABC):
-    """One interpretation of a source's files. Its fields are arguments of `from_pretrained` of the class `loader`."""
+    """One interpretation of a source's files. The fields are arguments for `from_pretrained` of the class `loader`."""
 
     loader: ClassVar[str]
 
@@ -137,7 +137,7 @@ class TrainableSource(LevelSource):
         """Return the model that drafts for `target`, see `LevelSource.bind`.
 
         `forward` computes the forward passes in training: it is the module itself, or a wrapper of it. If it is
-        `None`, as in generation, copies of the weights in a faster layout (packed) compute them.
+        `None`, as in generation, the passes read copies of the weights in a faster (packed) layout.
         """
 
     @property

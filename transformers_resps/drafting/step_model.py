@@ -30,7 +30,7 @@ def at_wanted(states: Tensor, wanted: Wanted) -> Tensor:
 def likeliest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Return log probabilities and ids, `[..., count]` each, of the likeliest tokens given fp32 logits `[..., d]`.
 
-    On a CPU `topk` takes as long as a layer of a head: so it reads only the blocks with the largest maxima.
+    On a CPU, `topk` of all tokens takes as long as a layer of a head; so it reads only blocks with the largest maxima.
     """
     scores = logits.log_softmax(dim=-1)
     if scores.device.type != "cpu" or scores.shape[-1] < _LEAST_BLOCKS * _BLOCK:

@@ -1,4 +1,4 @@
-"""Remembers texts of earlier calls. Where they contain the present text's last tokens, drafts what follows there."""
+"""Remembers texts of earlier calls, and drafts the tokens that follow there after the present text's last tokens."""
 
 import json
 import os
@@ -41,7 +41,7 @@ _SLACK = 16  # A full memory forgets a sixteenth of its tokens at once.
 
 
 class SuffixMemory(DraftSource):
-    """Remembers the texts of calls. Where they contain the present text's last tokens, drafts the tokens after them.
+    """Remembers the texts of calls, and drafts the tokens that follow in them after the present text's last tokens.
 
     It holds users' texts as token ids, in RAM and in the files that `save` writes. Anyone who can run calls with this
     memory can find out what it remembers, from drafts and their timing. Threads may share a memory.
@@ -196,7 +196,7 @@ class SuffixMemory(DraftSource):
         self._segments = tuple(kept)
 
     def _to_merge(self) -> tuple[Suffixes, ...]:
-        """Return the segments to merge: all from the first that is at most `_RATIO` times as long as later ones."""
+        """Return segments to merge: the first at most `_RATIO` times as long as all newer ones, and the newer ones."""
         segments = self._segments
         for first in range(len(segments) - 1):
             if len(segments[first]) <= _RATIO * sum(map(len, segments[first + 1 :])):

@@ -17,7 +17,7 @@ LARGEST_TOKEN = 2**31 - 1
 SEPARATOR = 2**32 - 1  # Separates two texts: no match reaches across it.
 _BYTES = 4  # Bytes of a token.
 _MOST_BYTES = LONGEST_MATCH * _BYTES
-_BEYOND = b"\xff" * (_MOST_BYTES + 1)  # A context with this appended is sorted after all that begin with the context.
+_BEYOND = b"\xff" * (_MOST_BYTES + 1)  # A context followed by this sorts after all contexts that begin with it.
 _NEAR = 4  # To widen a range, this many positions are compared one by one before a binary search.
 _FEW = 64  # Up to this many tokens are inserted one by one; more are sorted at once.
 _STRIDE = 128  # `_marks` holds the context of every 128th position of a long order, which speeds up `find`.
@@ -105,7 +105,7 @@ class Suffixes:
         return bisect_left(self.order, wanted, first, last, key=self.before)
 
     def search(self, context: bytes) -> "Search":
-        """Return a search for the newest tokens of `context`, which has the form that `before` returns."""
+        """Return a `Search` of this index for the newest tokens of `context`, bytes such as `before` returns."""
         newest = self._newest
         place = newest[1] if newest is not None and newest[0] is context else self.find(context)
         return Search(self, context, place)

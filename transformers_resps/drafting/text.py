@@ -20,7 +20,7 @@ _POSITIONS = 256  # Minimum number of consecutive positions for which `StepModel
 
 
 class PlaceWindow:
-    """Computes `StepModel.places` for many consecutive positions at once, and stores the result for later passes."""
+    """Computes `StepModel.places` (such as RoPE angles) of many positions at once, and keeps them for later passes."""
 
     def __init__(self, model: StepModel) -> None:
         self._model = model
@@ -29,7 +29,7 @@ class PlaceWindow:
         self._places: Places = ()
 
     def places(self, every: range | Tensor, wanted: slice) -> Places:
-        """Return `StepModel.places` of the positions `every[wanted]`: tensors `[b or 1, t, any]`."""
+        """Return the tensors `[b or 1, t, any]` that `StepModel.places` computes for the positions `every[wanted]`."""
         if not isinstance(every, Tensor) and self._model.has_fixed_places:
             wanted, every = self._within(every, wanted), self._known
         if every is not self._newest:  # all at once, since the last position may affect the places of all others
@@ -65,7 +65,7 @@ class Positions(NamedTuple):
 
     @property
     def places(self) -> Places:
-        """`StepModel.places` of these positions."""
+        """The tensors, such as RoPE angles, that `StepModel.places` computes from these positions."""
         return self.window.places(self.every, self.wanted)
 
     @property
@@ -99,7 +99,7 @@ class Prefix:
 
     @property
     def seen(self) -> Tensor | None:
-        """Bool `[b or 1, length]`, true for each slot that tokens may attend to; `None` if they may attend to all."""
+        """Bool mask `[b or 1, length]`, true for slots that tokens may attend to; `None` if they may attend to all."""
         if self._seen is None and self._rows is not None:
             self._seen = self._rows.visible(self.length, self.cache.device)
         return self._seen
@@ -119,7 +119,7 @@ class Prefix:
         return seen & (seen.cumsum(-1) > depth)
 
     def shown(self, length: int) -> Tensor:
-        """Return `seen` for `length` slots, `[1, 1]` if all are true; values after a row's text are arbitrary."""
+        """Return `seen` for `length` slots, or `[1, 1]` if all are true; values after a row's text are arbitrary."""
         seen = None if self._rows is None else self._rows.visible(length, self.cache.device)
         return self.cache.all_seen(1) if seen is None else seen
 
@@ -231,7 +231,7 @@ class DraftText:
         return Pairs(tokens, _joined(features) if features else None, where, here), text
 
     def _forget(self) -> None:
-        """Drop the tokens that the model's sliding window hides from each token after the queued ones."""
+        """Drop tokens outside the sliding window of every token after the queued ones."""
         if self._model.sliding_window is None:
             return
         ends, length = self._slots.row_ends(self._rows), self._slots.length
@@ -247,7 +247,7 @@ class DraftText:
             self._forgotten += count + skipped
 
     def _skip(self, count: int) -> int:
-        """Drop up to `count` of the first queued tokens, while all rows have as many; return the number dropped."""
+        """Drop up to `count` first queued tokens, as long as all rows have equally many; return the number dropped."""
         left = count
         for at, part in enumerate(self._waiting):
             dropped = min(left, part.counts[0]) if min(part.counts) == max(part.counts) else 0
