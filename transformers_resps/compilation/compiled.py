@@ -48,7 +48,7 @@ class CompiledFunction:
 
     `function` maps tensors to tensors, without gradients and without branches on values. `dynamic` lists for each
     input the dimensions whose sizes may change, and `dynamic_buffers` lists them for all buffers; a size of 1 gets
-    separate code. `options` are arguments of `torch.compile` that replace inductor with freezing. `packages`
+    separate code. `options` are arguments of `torch.compile`; the default is inductor with freezing. `packages`
     store the code under `name` for later processes. With `is_invariant`, the result of a row must not depend on other
     rows, not even in its last bits. Every operator then rounds its result to low precision, like eager code. Packaged
     code rounds weights in bfloat16 to `bits` (8 or 4) if our kernels can read such weights.
@@ -98,9 +98,9 @@ class CompiledFunction:
     def run_packaged(
         self, inputs: Sequence[Tensor], buffers: Sequence[Tensor], settings: Hashable | None = None
     ) -> Outputs | None:
-        """Run code that is stored in a package and already loaded, without compiling; `None` if these sizes have none.
+        """Run code from a package that is already loaded, without compiling; `None` if there is none for these sizes.
 
-        `settings` is the result of `callers_settings`; with `None`, this calls it.
+        `settings` is the result of `callers_settings`, which is called if `None`.
         """
         code = self._compiled.get(self._key(inputs, settings))
         if not isinstance(code, _Packaged):
@@ -174,7 +174,7 @@ class CompiledFunction:
         return self._sizes(inputs), settings or callers_settings(inputs[0].device.type)
 
     def _sizes(self, inputs: Sequence[Tensor]) -> _Sizes:
-        """Return all sizes of the inputs. Sizes above 1 that may change are replaced by 2."""
+        """Return all sizes of the inputs, with 2 in place of larger sizes that may change: these share code."""
         all_sizes = []
         for part, dimensions in zip(inputs, self._dynamic, strict=True):
             sizes = list(part.shape)
@@ -184,7 +184,7 @@ class CompiledFunction:
         return tuple(all_sizes)
 
     def _setting(self, inputs: Sequence[Tensor], buffers: Sequence[Tensor]) -> str:
-        """Describe the sizes, dtypes and PyTorch settings that a package needs; inference mode does not matter."""
+        """Describe the sizes, dtypes and PyTorch settings for which a package is made, without inference mode."""
         fixed = [[size for i, size in enumerate(part.shape) if i not in self._dynamic_buffers] for part in buffers]
         dtypes = [str(part.dtype) for part in (*inputs, *buffers)]
         _, *settings = callers_settings(inputs[0].device.type)
@@ -220,7 +220,7 @@ def _serves(code: _Function, tensors: Sequence[Tensor]) -> bool:
 
 @contextmanager
 def _constants_in_huge_pages() -> Iterator[None]:
-    """Make inductor store the weights that it rearranges in huge pages, since every step reads all weights."""
+    """Move weights that inductor rearranges in the `with` block to huge pages, since every step reads all weights."""
     from torch._inductor.codecache import PyCodeCache  # loads the compiler
 
     # A private attribute. Where a release lacks it, constants stay in small pages.
@@ -233,7 +233,7 @@ def _constants_in_huge_pages() -> Iterator[None]:
 
 @contextmanager
 def _without_advice() -> Iterator[None]:
-    """Silence inductor's warnings about operators that C++ code calls slowly, since users cannot change this."""
+    """Silence inductor's warnings about operators that are slow to call from C++, since users cannot change this."""
 
     def is_no_advice(record: logging.LogRecord) -> bool:
         return "c-shim" not in str(record.msg)
@@ -247,7 +247,7 @@ def _without_advice() -> Iterator[None]:
 
 
 def _dense(part: Tensor) -> Tensor:
-    """Return the tensor, copied unless all strides are contiguous, even for size 1: else PyTorch recompiles."""
+    """Return the tensor, or a copy if any stride, even at size 1, is not contiguous: PyTorch would compile again."""
     stride, expected = 1, list[int]()
     for size in reversed(part.shape):
         expected.insert(0, stride)
@@ -256,7 +256,7 @@ def _dense(part: Tensor) -> Tensor:
 
 
 def callers_settings(device_type: str) -> tuple[Hashable, ...]:
-    """Return PyTorch settings on which compiled code depends without checking. As slow as a few operators."""
+    """Return the PyTorch settings that compiled code assumes but does not check. Takes as long as a few operators."""
     return (
         torch.is_inference_mode_enabled(),
         torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type),

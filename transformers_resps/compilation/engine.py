@@ -80,7 +80,7 @@ class CompileEngine(ABC, Generic[Owner]):
 
     @contextmanager
     def borrow(self, owner: Owner, *, waits: bool = True) -> Iterator[Self | None]:
-        """Reserve the engine for a call; yield `None` if another call uses it. Drop all code if weights have changed.
+        """Reserve the engine for a call, or yield `None` if another call uses it. Drop all code if weights changed.
 
         If `waits` is false, the call uses only code that is ready, and never waits for a compiler.
         """
@@ -104,7 +104,7 @@ class CompileEngine(ABC, Generic[Owner]):
 
     @property
     def lacks_code(self) -> bool:
-        """Whether the newest call ran eagerly in part, because it did not wait for a compiler."""
+        """Whether the newest call ran some functions eagerly because it did not wait for a compiler."""
         return bool(self._missing)
 
     def code(self, key: Hashable, make: Callable[[], Code]) -> Code:
@@ -131,7 +131,7 @@ class CompileEngine(ABC, Generic[Owner]):
     ) -> Outputs | None:
         """Run `code.fast`, after `prepare` if sizes are new; `None` if it fails or would have to wait for a compiler.
 
-        With `is_ready` the caller asserts that the code is ready for these sizes, so that this does not check it.
+        With `is_ready` the caller asserts that the code is ready for these sizes, and no check is made.
         """
         if not self.is_broken and not is_ready and not code.fast.is_ready(inputs, buffers):
             if code not in self._missing:
@@ -158,7 +158,7 @@ class CompileEngine(ABC, Generic[Owner]):
             return None
 
     def prepare(self, code: Code, inputs: Sequence[Tensor], buffers: Sequence[Tensor]) -> None:
-        """Load, compile or capture code for these sizes. If its values are wrong, all later calls run eagerly."""
+        """Load, compile or capture code for these sizes, and check it. If this fails, all later calls run eagerly."""
         with self.preparing():
             # Eager code runs first: Transformers then adds hooks, which must be compiled, too; and an error of the
             # function itself is raised here, and not taken for an error of the compiler.

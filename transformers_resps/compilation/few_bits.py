@@ -1,7 +1,7 @@
 """Read the weights of quantized linear layers out of the tensors of torchao and bitsandbytes.
 
 Weights of 8 or 4 bits ("few bits") are read faster than bfloat16, and a step takes as long as reading its weights.
-Packaged code multiplies by them without decoding them in memory, see `native.py`; other code calls their library.
+Packaged code multiplies by them without decoding them in memory, see `native.py`; other code calls these libraries.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -53,10 +53,9 @@ Parts: TypeAlias = tuple[Tensor, Tensor, Tensor | None]
 
 @dataclass(frozen=True)
 class FewBits:
-    """A quantized weight `[outputs, inputs]`: each element is the number of a code times a scale, plus an offset.
-
-    Equally many neighbouring inputs, a group, share scale and offset. `read` returns codes `[outputs, inputs]`, int8
-    or uint8, and scales and offsets `[outputs, groups]` in float32; the offsets are `None` if all are zero.
+    """A quantized weight `[outputs, inputs]`: each element is the number that its code means, times a scale, plus an
+    offset. A group of neighbouring inputs shares scale and offset. `read` returns codes `[outputs, inputs]`, int8 or
+    uint8, and scales and offsets `[outputs, groups]` in float32; the offsets are `None` if all are zero.
     """
 
     kind: Codes
@@ -147,8 +146,8 @@ def rounding(weight: Tensor, bits: int) -> tuple[Codes, int]:
 def pack_codes(codes: Sequence[Tensor], kind: int, is_gated: bool) -> Tensor:
     """Join the codes `[outputs, inputs]` of layers with the same inputs, and reorder them for `packed_few_bits`.
 
-    The result is `[blocks, lines, 64]` uint8. A block has 32 outputs; the last block is padded. A line has their codes
-    for two inputs (8 bits: as sign and magnitude) or four (4 bits). For `is_gated` see `in_blocks`.
+    The result is `[blocks, lines, 64]` uint8. A block has 32 outputs; the last block is padded. A line has a block's
+    codes of two inputs (8 bits: as sign and magnitude) or four (4 bits). For `is_gated` see `in_blocks`.
     """
     blocks = in_blocks(codes, is_gated=is_gated)
     if kind == Codes.INT8:
@@ -269,7 +268,7 @@ def _int_tensor(weight: Any) -> FewBits | None:
 
 
 def _opaque_tensor(weight: Any) -> FewBits | None:
-    """Convert torchao's `Int4OpaqueTensor`, whose codes PyTorch packs for this CPU; `None` if they do not fit."""
+    """Convert torchao's `Int4OpaqueTensor`, which PyTorch packs for this CPU; `None` if `FewBits` cannot hold it."""
     inputs, (height, width) = weight.shape[1], weight.block_size
     is_plain = _takes_plain_inputs(weight) and weight.dtype is torch.bfloat16
     if not is_plain or height != 1 or not _has_groups(inputs, width):

@@ -97,7 +97,7 @@ def our_kernels() -> tuple[str, ...]:
 
 
 def reads_few_bits() -> bool:
-    """Whether our kernels multiply by weights of few bits here: with AVX512-VBMI, if `RESPS_KERNELS` allows them."""
+    """Whether our kernels can multiply by weights of few bits: with AVX512-VBMI, if `RESPS_KERNELS` allows them."""
     return bool(our_kernels()) and "avx512_vbmi" in cpu_flags() and demanded_kernel() != ONEDNN
 
 
@@ -205,7 +205,7 @@ def timed_kernels(products: Products, trial: Trial, clock: Callable[[], float] =
 def fastest(tried: Mapping[int, Mapping[str, float]]) -> Choice:
     """Choose the kernel for each number of rows; `tried` has each kernel's seconds at ascending numbers of rows.
 
-    A second kernel is used, ours or oneDNN's, only if it saves at least `_WORTH` over the first kernel alone.
+    A second kernel, ours or oneDNN's, is used only if it saves enough time (`_WORTH`) over the first one alone.
     """
 
     def of_ours(tiles_from: int) -> dict[int, float]:
@@ -240,13 +240,13 @@ def _timed(calls: Mapping[str, Callable[[], object]], clock: Callable[[], float]
 
 
 def native_source() -> str:
-    """Return the C++ of our kernels and operators."""
+    """Return the C++ source code of our kernels and operators."""
     return SOURCE.read_text(encoding="utf-8")
 
 
 @cache
 def _folder() -> tempfile.TemporaryDirectory[str]:
-    """Make the folder of what is compiled; it is removed when the process ends."""
+    """Make a temporary folder for compiled files, which is removed when the process ends."""
     return tempfile.TemporaryDirectory(prefix="resps-")
 
 
@@ -275,7 +275,7 @@ def native_object(defined: str = "") -> Path:
 
 @cache
 def kernels_alone(defined: str = "") -> ctypes.CDLL:
-    """Load `native_object` as a library."""
+    """Compile and link our kernels as a library, and load it; for `defined` see `native_object`."""
     linked = native_object(defined)
     made = linked.with_suffix(".so")
     _compile(linked, "-o", made, *_LINKS)

@@ -1,7 +1,7 @@
 """Linear layers, attention and decoder layers for packaged code, on CPUs with AVX512-BF16, with AMX or without.
 
-oneDNN reads weights as fast, but each call has an overhead of about 20 us between other work and with cold caches: in
-all, a sixth of SmolLM2's step. PyTorch's attention multiplies in float32, and takes two to four times as long. A
+oneDNN reads weights as fast, but each call takes about 20 us more if other work has emptied the caches: in all, a
+sixth of SmolLM2's step. PyTorch's attention multiplies in float32, and takes two to four times as long. A
 decoder layer of the usual kind (RMSNorm before, rotary embedding, gated MLP with SiLU) is one operator for one text:
 its threads start once and meet at barriers.
 `native.cpp` is linked into the code that calls it. With its kernels, the result of a row does not depend on other
@@ -35,8 +35,8 @@ from .kernels import (
 )
 
 
-_STEP = 32  # A head's width is a multiple of this.
-_STEP_ROWS = 16  # A decoder layer stays in parts if oneDNN multiplies so few rows.
+_STEP = 32  # Our attention needs heads whose width is a multiple of this.
+_STEP_ROWS = 16  # A decoder layer does not become one operator if oneDNN multiplies this few rows.
 _DECLARED = re.compile(r"^AOTITorchError aoti_torch_cpu_([a-z]\w+)\([^)]*\)(?= {)", re.MULTILINE)
 _Operator: TypeAlias = torch._ops.OpOverload
 
@@ -69,8 +69,8 @@ def bf16_linear(
     """Compute `torch.nn.functional.linear`, `[..., i]` -> `[..., width]`, up to rounding, with `packed` weights.
 
     `packed` is made by `pack_linear` from weights with i inputs; `bias` is `[width]`. From `tiles_from` rows on,
-    AMX tiles multiply; from `library_from` rows on oneDNN does, which reads `weight` `[width, i]`. `NEVER` and `None`
-    mean: not at all.
+    AMX tiles multiply; from `library_from` rows on oneDNN does, which reads `weight` `[width, i]`. `NEVER` excludes
+    either, and without oneDNN `weight` is `None`.
     """
     return functional.linear(rows, packed.transpose(1, 2).reshape(-1, rows.shape[-1])[:width], bias)
 
@@ -280,7 +280,7 @@ def use_native(program: ExportedProgram, *, alike: bool, bits: int = 16) -> Kern
 
 
 def has_usual_layers(program: ExportedProgram) -> bool:
-    """Whether one of our operators can compute each layer with attention, which is then compiled in no time."""
+    """Whether `bf16_layer` can compute every layer with attention; compiling such layers takes almost no time."""
     layers = [*_decoder_layers(program)]
     return bool(layers) and None not in layers
 
@@ -451,7 +451,7 @@ class _Packed(NamedTuple):
 
 
 def _packed_layers(graph: Graph, layers: list[Node], *, is_gated: bool, head: int = 0) -> _Packed:
-    """Insert operators that pack layers' weights; with `head`, the width of heads, the first two `_paired`."""
+    """Insert operators that pack layers' weights; with `head`, a head's width, the first two weights are `_paired`."""
     operators = torch.ops.resps
     is_few_bits = layers[0].target is operators.few_bits_linear.default
     columns = list(zip(*(layer.args[1:] for layer in layers), strict=True))  # weights, then further arguments
@@ -487,7 +487,7 @@ class _Layer(NamedTuple):
 
 
 class _OtherLayerError(Exception):
-    """A layer is not of the usual kind."""
+    """A decoder layer is not of the kind that `bf16_layer` computes."""
 
 
 def _only(nodes: Iterable[Node]) -> Node:
@@ -502,9 +502,9 @@ def _expect(holds: object) -> None:
 
 
 class _LayerReader:
-    """Reads the nodes of a layer, each before its inputs, and notes them. `served` are nodes of linear layers.
+    """Matches the nodes of a decoder layer, each before its inputs, and records them in `read`.
 
-    Arguments of nodes have any type: where one is not as expected, reading it raises an error.
+    `served` are the linear layers that our operators can replace. A node that does not match raises an error.
     """
 
     def __init__(self, served: Collection[Node]) -> None:
@@ -512,18 +512,18 @@ class _LayerReader:
         self._served = served
 
     def call(self, node: Any, operator: _Operator | None = None) -> tuple[Any, ...]:
-        """Return the arguments of a call of `operator`."""
+        """Record a node that calls `operator` (`None`: any operator), and return its arguments."""
         _expect(isinstance(node, Node) and operator in (None, node.target) and not node.kwargs)
         self.read[node] = None
         return node.args
 
     def linear(self, node: Any) -> tuple[Any, Node]:
-        """Return the input of a linear layer, and its node."""
+        """Match a linear layer; return its input and its node."""
         _expect(node in self._served)
         return self.call(node)[0], node
 
     def norm(self, node: Any) -> tuple[Any, Any, Any]:
-        """Return the input, the weight and the epsilon of an RMSNorm."""
+        """Match the nodes of an RMSNorm; return its input, weight and epsilon."""
         aten = torch.ops.aten
         weight, rounded = self.call(node, aten.mul.Tensor)
         scaled, *narrow = self.call(rounded, aten.to.dtype)
@@ -538,7 +538,7 @@ class _LayerReader:
         return rows, weight, epsilon
 
     def rotated(self, node: Any) -> tuple[Any, list[Any]]:
-        """Return the input, and cosines and sines, of a rotary embedding."""
+        """Match the nodes of a rotary embedding; return its input, and its cosines and sines."""
         aten = torch.ops.aten
         straight, across = self.call(node, aten.add.Tensor)
         states, cosines = self.call(straight, aten.mul.Tensor)
@@ -554,14 +554,14 @@ class _LayerReader:
         return states, [part for part, _ in parts]
 
     def heads(self, node: Any) -> tuple[Any, Node]:
-        """Return the input and the node of the linear layer that makes states `[1, heads, n, hd]`."""
+        """Match states `[1, heads, n, hd]`; return the input and the node of the linear layer that makes them."""
         split, *swapped = self.call(node, torch.ops.aten.transpose.int)
         states, shape = self.call(split, torch.ops.aten.view.default)
         _expect(swapped == [1, 2] and len(shape) == 4 and shape[0] == 1)
         return self.linear(states)
 
     def kept(self, node: Any) -> tuple[Any, tuple[Any, ...], Any]:
-        """Return the buffer to which states are written, how their slots are picked, and the states."""
+        """Match a write to a cache buffer; return the buffer, the arguments that select its slots, and the states."""
         aten = torch.ops.aten
         if node.target is aten.slice.Tensor:
             node, *part = self.call(node, node.target)
@@ -571,7 +571,7 @@ class _LayerReader:
         return buffer, self.call(slots, aten.select.int), states
 
     def layer(self, attention: Node) -> _Layer:
-        """Read the layer around an attention."""
+        """Match and return the decoder layer around an attention operator."""
         aten = torch.ops.aten
         takes_blocks = attention.target is torch.ops.resps.bf16_block_attention.default
         query, key, value, mask, *groups, scale = self.call(attention)[: 8 if takes_blocks else 5]
@@ -622,7 +622,7 @@ def _decoder_layers(program: ExportedProgram) -> Iterator[_Layer | None]:
 
 
 def _decoder_layer(attention: Node, layouts: Mapping[Node, _Layout]) -> _Layer | None:
-    """Return the layer around an attention if `bf16_layer` can replace it. `layouts` are those of linear layers."""
+    """Return the layer around `attention`; `None` if `bf16_layer` cannot replace it. `layouts`: of linear layers."""
     try:
         layer = _LayerReader(layouts).layer(attention)
     except (_OtherLayerError, ValueError, AttributeError, TypeError, IndexError):  # arguments of other kinds
@@ -636,7 +636,7 @@ def _decoder_layer(attention: Node, layouts: Mapping[Node, _Layout]) -> _Layer |
 
 
 def _replace_layer(graph: Graph, layer: _Layer, kernels: Kernels) -> None:
-    """Put `bf16_layer` in the place of a layer's nodes, unless oneDNN multiplies few rows faster."""
+    """Replace the nodes of a decoder layer by `bf16_layer`, unless oneDNN is faster for few rows."""
     is_few_bits = layer.linear[0].target is torch.ops.resps.few_bits_linear.default
     choice = few_bits_kernel() if is_few_bits else kernels.linear
     if choice.library_from <= _STEP_ROWS:

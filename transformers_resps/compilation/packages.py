@@ -53,7 +53,7 @@ _TRACED = ("compat.py", "compilation", "drafting", "heads", "tree.py", "verifyin
 _CODE, _MANIFEST = "code.pt2", "package.json"
 _LINKED = "LIBRARY_PATH"  # Environment variable of GCC and Clang: folders where the linker looks.
 _NAME_LENGTH = 24  # Hexadecimal digits of a digest.
-_IN_WORDS = "model"  # Entry with a module's name. It need not match, since the same module may have another name.
+_IN_WORDS = "model"  # Key of a module's name. The name need not match, since the same module may have another name.
 _LAYERS_OF_A_PART = 6  # Most layers to compile together: more gain nothing, and take memory while compiling.
 _SAMPLED = 4  # Values of each weight that a folder's name depends on; the manifest has a digest of all values.
 _compiling = Lock()  # Held while compiling, since Inductor's settings and its constant folding are global.
@@ -83,8 +83,8 @@ class StoredPackage:
     """One package on disk."""
 
     path: Path  # its folder
-    model: str  # whose code it is, in words
-    code: str  # which function of the model
+    model: str  # name of the model whose code it is
+    code: str  # name of the model's function
     size: int  # bytes
     used: float  # time of the last use, in seconds since the epoch
 
@@ -119,7 +119,7 @@ class CompileJob:
     dynamic: Sequence[Sequence[int]]  # for each argument, the dimensions whose sizes may change
     config: Mapping[str, _Json]  # inductor's settings
     alike: bool  # whether a row's result must not depend on other rows, not even in its last bits
-    bits: int = 16  # to which bf16 weights are rounded, where our kernels read such weights
+    bits: int = 16  # number of bits to which bf16 weights are rounded, if our kernels can read such weights
 
 
 class ModulePackages:
@@ -192,7 +192,7 @@ class ModulePackages:
         return loaded
 
     def _keep(self, made: Path, code: str, setting: str) -> None:
-        """Copy the package `made` into the folder atomically: other processes see the whole package or none."""
+        """Copy the package `made` to the packages folder atomically: other processes see all of it or nothing."""
         path = self._path(code, setting)
         if path is None:
             return
@@ -240,7 +240,7 @@ class _LoadedPart(NamedTuple):
 class PackagedCode:
     """Loads and runs the code of a package, with `constants` made from the weights of `module`.
 
-    Frees the memory of the weights if it shows a file, see `release`. Raises an `UnfitPackageError` if the
+    Frees the weights' memory if they are mapped from a file, see `release`. Raises an `UnfitPackageError` if the
     package is damaged, is writable by another user, or has another `identity`.
     """
 
@@ -391,7 +391,7 @@ class _Writer:
 
 @contextmanager
 def _found_by_linkers(files: Sequence[Path]) -> Iterator[None]:
-    """Let linkers look in the folders of `files` inside the `with` block."""
+    """Add the folders of `files` to the linkers' search path inside the `with` block."""
     before = os.environ.get(_LINKED)
     folders = [*(str(path.parent) for path in files), *([before] if before else [])]
     try:
@@ -510,7 +510,7 @@ class _Recipes:
 
 
 def _made(recipe: _Json, weights: Mapping[str, Tensor]) -> Any:
-    """Make from `weights` what a recipe describes: a constant, or the argument of an operator in a recipe."""
+    """Make from `weights` the value that a recipe describes: a constant, or the argument of a recipe's operator."""
     if isinstance(recipe, list):
         return [_made(part, weights) for part in recipe]
     if not isinstance(recipe, dict):
@@ -528,7 +528,7 @@ def _made(recipe: _Json, weights: Mapping[str, Tensor]) -> Any:
 
 
 def _renamed(recipes: _Json, names: Mapping[str, str]) -> _Json:
-    """Replace the names of weights in recipes."""
+    """Return recipes with the names of weights replaced by those in `names`."""
 
     def renamed(part: dict[str, _Json]) -> dict[str, _Json]:
         name = part.get("weight")
@@ -538,7 +538,7 @@ def _renamed(recipes: _Json, names: Mapping[str, str]) -> _Json:
 
 
 class _Constant:
-    """A constant of loaded codes. Frees packed weights with itself, since PyTorch never drops a code's constants."""
+    """A constant of loaded code. Its deletion frees packed weights, since PyTorch never drops a code's constants."""
 
     def __init__(self, recipe: _Json, weights: Mapping[str, Tensor]) -> None:
         self.tensor: Tensor = _made(recipe, weights)
@@ -547,7 +547,7 @@ class _Constant:
 
 
 class _Constants:
-    """Makes constants of codes. Codes of one module share equal constants, as long as one of them is loaded."""
+    """Makes the constants of one module's code. Code that is loaded at the same time shares equal constants."""
 
     def __init__(self) -> None:
         self._made: weakref.WeakValueDictionary[str, _Constant] = weakref.WeakValueDictionary()
@@ -581,7 +581,7 @@ def _manifest(path: Path) -> _Manifest | None:
 
 
 def _about(module: nn.Module) -> dict[str, str]:
-    """Describe by name what a module's code depends on, except for the compiled function and most weight values."""
+    """Return by name all that a module's code depends on, except for the compiled function and most weight values."""
     weights = {
         name: (list(part.shape), str(part.dtype), _sampled_values(part))
         for name, part in named_weights(module).items()

@@ -1,4 +1,4 @@
-"""Move tensors into huge pages of Linux, and weights that were copied out of memory.
+"""Move tensors into huge pages of Linux, and free the memory of weights that were copied elsewhere.
 
 With pages of 4 KiB, reading weights is slow, since each page is looked up. `MADV_COLLAPSE` (Linux 6.1, madvise(2))
 copies small pages into a huge one at the same address; `MADV_HUGEPAGE` makes memory that was never written use huge
@@ -29,7 +29,7 @@ _MEMORY_IS_SHORT = (errno.ENOMEM, errno.EBUSY)  # Errors if the machine, or the 
 
 
 class Kernel:
-    """Reads Linux's memory state from `proc` and `sys` in `root`, and calls madvise. Missing files: no huge pages."""
+    """Linux's kernel: reads memory state in `root`'s `proc` and `sys`, and calls madvise. No files: no huge pages."""
 
     def __init__(self, root: Path = Path("/")) -> None:
         self._process, self._settings = root / "proc", root / "sys/kernel/mm/transparent_hugepage"
@@ -47,7 +47,7 @@ class Kernel:
     def own_ranges(self, *, of_files: bool = False) -> list[tuple[int, int]]:
         """Return ascending address ranges (start, stop) of memory that other processes neither read nor write.
 
-        With `of_files` it is memory that shows a file, and keeps changes to itself; otherwise memory without a file.
+        With `of_files` it is memory mapped from a file, whose changes stay private; otherwise memory without a file.
         """
         ranges = list[tuple[int, int]]()
         for line in _text_of(self._process / "self/maps").splitlines():
@@ -68,7 +68,7 @@ _LINUX = Kernel()
 
 
 def collapse(tensors: Iterable[Tensor], kernel: Kernel = _LINUX) -> int:
-    """Move tensors into huge pages that they fill at least by half; return the number of tensor bytes in huge pages.
+    """Move tensors into huge pages that they fill at least by half; return the total size of these pages, in bytes.
 
     Values and addresses stay the same. Other memory within such a page is also moved, and unused parts become zeros.
     Tensors on other devices, in files or in shared memory are not moved.
@@ -105,7 +105,7 @@ def zeros(*size: int, dtype: torch.dtype, device: torch.device, kernel: Kernel =
 
 
 def release(tensors: Iterable[Tensor], kernel: Kernel = _LINUX) -> int:
-    """Free memory of tensors that are views of a file, such as weights read by safetensors; return how many bytes.
+    """Free the memory of tensors that are mapped from a file, as by safetensors; return the number of freed bytes.
 
     Later reads load the same values from the file again. Values that were changed after loading stay in memory, and so
     do tensors without a file. Frees whole pages only, in which no other tensor lies.
@@ -121,7 +121,7 @@ def release(tensors: Iterable[Tensor], kernel: Kernel = _LINUX) -> int:
 
 
 def _filled_pages(tensors: Iterable[Tensor], kernel: Kernel) -> list[int]:
-    """Return the ascending addresses of possible huge pages that these tensors fill at least by half."""
+    """Return the ascending addresses of huge pages that these tensors would fill at least by half."""
     filled = Counter[int]()
     in_memory = (one for one in tensors if one.device.type == "cpu" and (one.is_mkldnn or one.layout is torch.strided))
     for start, stop in set(map(_span, in_memory)):

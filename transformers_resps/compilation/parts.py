@@ -56,8 +56,8 @@ def parts_of(program: ExportedProgram, together: int = 1) -> list[ProgramPart]:
 
 
 def _cut(program: ExportedProgram, groups: Sequence[Sequence[Sequence[Node]]]) -> list[ProgramPart]:
-    """Make a part of each group of stretches of nodes. A part returns what any other stretch uses, even of its group:
-    else groups that are alike would differ, because the program returns the states after some layers.
+    """Make a part of each group of stretches (lists of nodes). A part returns nodes that another stretch uses, even
+    one of its group: else equal groups would differ, because the program returns the states after some layers.
     """
     weights = set(weight_names(program))
     singles = [_external([*_missing_sizes(nodes), *nodes]) for group in groups for nodes in group]
@@ -160,7 +160,7 @@ def _external(nodes: Sequence[Node]) -> list[Node]:
 
 
 def _missing_sizes(nodes: Sequence[Node]) -> list[Node]:
-    """Return the graph's other nodes that compute the tensor sizes `nodes` need, in the graph's order."""
+    """Return the nodes outside `nodes` that compute tensor sizes for `nodes`, in the graph's order."""
     inside, found = set(nodes), dict[Node, None]()
 
     def follow(node: Node) -> None:
