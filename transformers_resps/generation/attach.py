@@ -40,7 +40,7 @@ def attach(
     `detach` forgets them.
 
     Args:
-        model: any decoder-only model of Transformers, an encoder-decoder without a head, or a PEFT model around one.
+        model: a decoder-only model of Transformers, an encoder-decoder without a head, or a PEFT model around either.
         assistant_model: a `DraftHead` of this model or another source, its folder or Hub id, or a list of them; with a
             policy also a small causal model.
         policy: a `Policy`, its folder or Hub id, or "auto", which needs no head.
@@ -78,7 +78,7 @@ def attach(
 
 
 def detach(model: Model) -> Model:
-    """Undo `attach`: restore the model's class, and forget its defaults and what calls have learned or loaded."""
+    """Undo `attach`: restore the model's class, and drop its defaults and all that calls have learned or loaded."""
     inner = unwrapped(model)
     vars(inner).pop("speculation_state", None)
     _remove_mixin(inner)
@@ -87,7 +87,7 @@ def detach(model: Model) -> Model:
 
 @contextmanager
 def attached(model: Model) -> Iterator[Model]:
-    """Attach `model` inside the `with` block; afterwards it keeps learned costs, loaded heads and compiled code."""
+    """Attach `model` inside the `with` block. Learned costs, loaded heads and compiled code are kept afterwards."""
     inner = unwrapped(model)
     was_attached = isinstance(inner, ReSpSGenerationMixin)
     attach(model)

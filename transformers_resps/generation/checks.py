@@ -107,7 +107,7 @@ def check_prompts(prompts: Any) -> None:
 
 
 def check_keywords(said: Keywords, *, are_defaults: bool = False) -> None:
-    """Raise if a keyword has a wrong type or contradicts another; `are_defaults` means that they are `attach`'s."""
+    """Raise if a keyword has a wrong type or contradicts another; with `are_defaults` they come from `attach`."""
     if are_defaults and said.is_plain:
         raise ValueError("`policy='plain'` is no default: an attached model without defaults decodes plainly.")
     if isinstance(said.assistant_model, list | tuple) and not said.assistants:
@@ -395,7 +395,7 @@ def _check_encoder_decoder(model: PreTrainedModel, name: str, *, has_head: bool)
 
 
 def _encoder_decoder_reason(model: PreTrainedModel) -> str | None:
-    """Return why an encoder-decoder cannot verify drafts, or `None`; checks only what a trial forward cannot show."""
+    """Return why an encoder-decoder cannot verify drafts, or `None`; only reasons that a trial forward cannot show."""
     config = model.config
     missing = _ENCODER_DECODER_INPUTS - set(inspect.signature(model.forward).parameters)
     if missing:
@@ -432,7 +432,7 @@ def _architecture_reason(model: PreTrainedModel) -> str | None:
 
 
 def _check_layers(model: Module, modules: Iterable[Module], name: str) -> None:
-    """Raise if weights are not loaded, or if a layer's output for a node depends on nodes that it does not see."""
+    """Raise if weights are not loaded, or if a layer rounds its input, so that a node depends on unrelated nodes."""
     for module in modules:
         weights = [weight for weight in module._parameters.values() if weight is not None]
         if any(weight.is_meta for weight in weights) and not hasattr(module, "_hf_hook"):
@@ -515,7 +515,7 @@ def _path(model: Module, module: Module) -> str:
 
 
 def check_synced(synced_gpus: bool | None) -> None:
-    """Raise if `synced_gpus` is true, since then all ranks must run equally many forwards, which trees cannot do."""
+    """Raise if `synced_gpus` is true: all ranks must then run equally many forwards, and with trees they do not."""
     if synced_gpus:
         raise _refusal(
             "ZeRO-3 or FSDP over several ranks, which must all take the same number of steps", "Decode on one rank"
@@ -623,7 +623,7 @@ def check_static(target: PreTrainedModel) -> None:
 
 
 def check_needs_compiled(sources: Sequence[DraftSource], why_eager: str | None) -> None:
-    """Raise if a source can draft only while steps run compiled, and `why_eager` says why they do not."""
+    """Raise if a source can draft only while steps run compiled, but they run eagerly for the reason `why_eager`."""
     if why_eager is not None and any(source.needs_compiled for source in sources):
         raise ValueError(
             f"`assistant_model='self'` drafts with compiled code, and steps are not compiled here: {why_eager}. Pass "

@@ -32,7 +32,7 @@ from .request import SpeculationState
 
 
 def decode(plan: Plan, state: SpeculationState) -> tuple[Batch, SpeculationReport, Cache | None]:
-    """Decode all texts; return them, the report, and plain decoding's cache (`None` if only tokens are returned)."""
+    """Decode all texts; return them, the report, and the cache for the caller (`None` if it gets only tokens)."""
     prepared, request, policy = plan.prepared, plan.request, plan.policy
     target, batch = prepared.target, plan.batch()
     with ExitStack() as stack:

@@ -26,7 +26,7 @@ CompileChoice = bool | Literal["auto"]
 
 
 def is_name(value: Any) -> bool:
-    """Whether a value names a folder or a Hub id: a string or path, but not the word "auto" or "plain"."""
+    """Whether a value is the name of a folder or a Hub id: a string or path, but not the word "auto" or "plain"."""
     return isinstance(value, str | os.PathLike) and value not in (AUTO, PLAIN)
 
 
@@ -59,18 +59,18 @@ class Keywords:
 
     @property
     def sources(self) -> list[DraftSource]:
-        """The `DraftSource`s among the `assistants`, taken out of their PEFT wrappers."""
+        """The `DraftSource`s among the `assistants`, without their PEFT wrappers."""
         return [inner for inner in map(unwrapped, self.assistants) if isinstance(inner, DraftSource)]
 
     @property
     def has_stock_assistant(self) -> bool:
-        """Whether Transformers' own assisted decoding runs: the assistant is a plain model, and no policy is given."""
+        """Whether Transformers' assisted decoding runs: with a model, no `DraftSource`, and no policy or "plain"."""
         is_model = isinstance(self.assistant_model, Module) and not self.sources
         return is_model and (self.policy is None or self.is_plain)
 
     @property
     def asks_trees(self) -> bool:
-        """Whether assistants that are models of Transformers draft trees: a policy or a list of assistants is given.
+        """Whether models of Transformers passed as assistants draft trees: with a policy, or in a list of assistants.
 
         A `CandidateGenerator` always drafts trees, since Transformers' own `generate` does not accept such an object.
         """
@@ -99,7 +99,7 @@ _are_suspended: ContextVar[bool] = ContextVar("resps_defaults_are_suspended", de
 
 @dataclass(frozen=True, slots=True)
 class SpeculationDefaults(Keywords):
-    """The keywords of `attach`: defaults for `generate` calls that do not pass them, such as TRL's trainers'."""
+    """The keywords of `attach`: defaults for `generate` calls without them, such as the calls of TRL's trainers."""
 
     eval_mode: bool = False  # run every call in evaluation mode, even while the model trains
 

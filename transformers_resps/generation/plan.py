@@ -69,7 +69,7 @@ class Prepared:
 
     @property
     def cache(self) -> Any:
-        """The decoder's cache."""
+        """The cache of the target's decoder."""
         return self.model_kwargs[CACHE_KEYWORD]
 
     @property
@@ -98,7 +98,7 @@ class Prepared:
 
     @property
     def max_length(self) -> int:
-        """Limit of the length of a text, in tokens; `sys.maxsize` if there is none."""
+        """Maximum length of a text, in tokens; `sys.maxsize` if there is no limit."""
         most: float = self.config.max_length
         return math.ceil(most) if most < sys.maxsize else sys.maxsize
 
@@ -110,12 +110,12 @@ class Prepared:
 
     @property
     def returns_dict(self) -> bool:
-        """Whether the caller gets more than tokens, such as the cache."""
+        """Whether `generate` returns an object with more than tokens, such as the cache."""
         return bool(self.config.return_dict_in_generate)
 
     @property
     def makes_cache(self) -> bool:
-        """Whether the call returns a cache of several rows that the caller did not pass."""
+        """Whether the call returns a cache of several rows, and the caller did not pass this cache."""
         return self.returns_dict and len(self.input_ids) > 1 and not self.is_cache_given
 
     @property
@@ -165,7 +165,7 @@ class PreparedEncoderDecoder(Prepared):
 
     @property
     def is_cache_given(self) -> bool:
-        """Whether the caller passed the cache, or gets a cache of several rows, which holds finished rows' padding."""
+        """Whether the caller passed the cache, or gets one of several rows, which must hold finished rows' padding."""
         return super().is_cache_given or (self.returns_dict and len(self.input_ids) > 1)
 
     @property
@@ -280,7 +280,7 @@ class Plan:
 
 
 def plan(request: Request, prepared: Prepared, state: SpeculationState) -> Plan:
-    """Choose how a checked call is decoded; `state` knows which compiled code is ready.
+    """Choose how a checked call is decoded; `state` holds code that is already compiled.
 
     Raises a `ValueError` if the call's options exclude each other, or if its target does not support them.
     """
@@ -373,7 +373,7 @@ def _has_to_read(prepared: Prepared) -> bool:
 
 
 def _rows(lockstep: bool | None, prepared: Prepared) -> tuple[bool, bool]:
-    """Return whether all rows gain equally many tokens per step, then whether steps leave out finished rows."""
+    """Return whether all rows gain equally many tokens per step, and whether steps leave out finished rows."""
     if len(prepared.input_ids) == 1:
         return True, False
     reason = _lockstep_reason(prepared)
@@ -396,7 +396,7 @@ _CRITERIA_BY_ROW = frozenset({"MaxLengthCriteria", "MaxTimeCriteria", "StopStrin
 
 
 def _lockstep_reason(prepared: Prepared) -> str | None:
-    """Name the part of the call that needs rows of equal length, since it may read all rows at once; else `None`."""
+    """Return which part of the call may read all rows at once, and so needs rows of equal length; `None` if none."""
     for processor in prepared.logits_processor:
         if not is_stateless(processor):
             return f"the logits processor {type(processor).__name__}, which may look at all rows at once"

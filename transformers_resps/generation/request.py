@@ -1,4 +1,4 @@
-"""Combine a call's keywords with their defaults into a `Request`; hold the state of a model between calls."""
+"""Combine a call's keywords with their defaults into a `Request`; keep a model's state between calls."""
 
 import os
 from collections.abc import Callable, Hashable, Iterator, Mapping
@@ -80,7 +80,7 @@ class Assistants:
 
 
 class SpeculationState:
-    """State that a model has for speculation from `attach` to `detach`. A copy or pickle has only the defaults."""
+    """State of an attached model that is kept between calls. A copy or pickle has only the defaults."""
 
     def __init__(self, defaults: SpeculationDefaults | None = None) -> None:
         self.defaults = defaults or SpeculationDefaults()  # the keywords of `attach`
@@ -95,7 +95,7 @@ class SpeculationState:
         self._verified_trees = set[bool]()  # checked attentions: True for FlashAttention, else False
 
     def check_trees(self, model: PreTrainedModel, make_forward: Callable[[], TargetForward]) -> None:
-        """Check, once for each attention implementation, that the model verifies trees; see `check_tree_attention`."""
+        """Check that the model verifies trees, once for FlashAttention and once for others: `check_tree_attention`."""
         reads_by_flash = is_flash(model.config.get_text_config()._attn_implementation)
         if reads_by_flash not in self._verified_trees:
             check_tree_attention(make_forward)
@@ -145,7 +145,7 @@ class Request:
 
     @contextmanager
     def admitted(self, target: PreTrainedModel, state: SpeculationState, call: GenerateCall) -> Iterator["Request"]:
-        """Check the request, and yield a copy with a loaded policy. Raises `ValueError` if trees do not support it."""
+        """Check the request; yield a copy with a loaded policy. Raises `ValueError` if trees cannot serve the call."""
         with ExitStack() as stack:
             if self.is_plain_throughout or any(source.calls_generate for source in self.sources):
                 stack.enter_context(SpeculationDefaults.suspended())
@@ -172,7 +172,7 @@ class Request:
             yield replace(self, policy=policy)
 
     def _lent_policy(self, target: PreTrainedModel, state: SpeculationState, rows: int, stack: ExitStack) -> Policy:
-        """Load and check the request's policy. A named policy is borrowed from a cache until `stack` is closed."""
+        """Load and check the request's policy. A policy given by name is reserved in a cache until `stack` closes."""
         policy, first = self.policy, self.sources[0] if self.sources else None
         if isinstance(policy, str):
             make = default_policy if policy == AUTO else partial(AutoPolicy.from_pretrained, policy)
