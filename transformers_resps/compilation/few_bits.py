@@ -26,7 +26,10 @@ _LEAST_GROUP = 32  # A group has a multiple of this number of inputs, as an AMX 
 
 
 class Codes(IntEnum):
-    """Kinds of codes: the integers stored for a weight, and what each code means. Numbered as in `native.cpp`."""
+    """Encodings of weights: what is stored for a weight, its code, and which number each code means.
+
+    `native.cpp` uses the same values for these members.
+    """
 
     INT8 = 0  # int8 codes; the number of code c is c + 0.5, whose sign and magnitude `native.cpp` looks up
     INT4 = 1  # uint8 codes from 0 to 15; the number of code c is c - 8

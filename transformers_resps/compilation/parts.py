@@ -56,8 +56,10 @@ def parts_of(program: ExportedProgram, together: int = 1) -> list[ProgramPart]:
 
 
 def _cut(program: ExportedProgram, groups: Sequence[Sequence[Sequence[Node]]]) -> list[ProgramPart]:
-    """Make a part of each group of stretches (lists of nodes). A part returns nodes that another stretch uses, even
-    one of its group: else equal groups would differ, because the program returns the states after some layers.
+    """Cut a program into one part for each group. A group is a list of stretches: lists of successive nodes.
+
+    A part's outputs are the nodes that other stretches use, also stretches of the same group. Thus groups of equal
+    layers get equal parts, although the program itself returns the states after some of these layers.
     """
     weights = set(weight_names(program))
     singles = [_external([*_missing_sizes(nodes), *nodes]) for group in groups for nodes in group]

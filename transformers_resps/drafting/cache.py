@@ -100,14 +100,18 @@ class DraftCache:
         drafted: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> Entries:
-        """Return the `Entries` for one pass, which writes its keys and values into this cache.
+        """Return the `Entries` through which the layers of one pass write to this cache and read from it.
 
-        `where` is the slot of the first token in every row, below 0 for a tree; or the slots of all tokens,
-        `[b or 1, t]`. Tokens attend to slots of the text before `end`, except where `seen` `[b or 1, end]` is false:
-        only the token in such a slot attends to it. `drafted` `[b, t, e]` is true where one of t nodes attends to one
-        of the tree's e slots, -e to -1. A `mask` `[b or 1, 1, q, s]`, over the slots from `min(where, 0)` to `end`,
-        replaces the mask that is made from these arguments. Without `drafted` and `mask`, the tokens are of the text,
-        and attention is causal. If a layer has fewer queries than keys, its queries are those of the last tokens.
+        The text has the slots from 0 on, and a tree of e nodes the slots -e to -1.
+
+        Args:
+            where: the slot of the first token in every row, or the slots `[b or 1, t]` of all tokens.
+            end: the first slot of the text to which no token attends.
+            seen: `[b or 1, end]`, false for a slot to which only its own token attends; `None` hides no slot.
+            drafted: `[b, t, e]`, whether each token attends to each node. Without it and `mask`, the tokens belong to
+                the text and attend causally.
+            mask: `[b or 1, 1, q, s]` over the slots from `min(where, 0)` to `end`, in place of a mask made from the
+                other arguments. If a layer has q queries and more keys, the queries belong to the last tokens.
         """
         return _CacheEntries(self, where, end, seen, drafted, mask)
 

@@ -365,7 +365,7 @@ def _has_active_adapter(target: nn.Module) -> bool:
 
 
 def _has_to_read(prepared: Prepared) -> bool:
-    """Whether only Transformers' code can read the prompt; EXAONE 4.5 and others need this code for text, too."""
+    """Return whether Transformers' own prefill must run: for media, encoders and, always, EXAONE 4.5."""
     config = prepared.target.config
     if config.is_encoder_decoder or holds_more_than_tokens(prepared.model_kwargs):
         return True

@@ -135,7 +135,7 @@ class MarkovHead(nn.Module):
 
     @property
     def table(self) -> Tensor:
-        """The table `[d, r]` with one row for each token that the head can propose, by draft id."""
+        """The table `[d, r]` of predicted tokens, by draft id; the class says what its rows are multiplied by."""
         return self.markov_w2.weight
 
 

@@ -59,7 +59,7 @@ class Verifier(ABC):
 
     @property
     def length(self) -> int:
-        """Number of positions of the longest row."""
+        """Number of cached tokens in the longest row, padding included."""
         return self.rows.length
 
     @property

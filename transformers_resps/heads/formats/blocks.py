@@ -157,7 +157,11 @@ class _PublishedBlock(PublishedHead):
         return [flags[0]] * len(windows) if flags else is_sliding
 
     def _feature_layers(self, sizes: dict[str, int], depth: int | None) -> list[int]:
-        """Convert layer ids to indices of `output_hidden_states`: add one, but keep the ids of speculators."""
+        """Return the feature layers as indices of `output_hidden_states`.
+
+        Published ids are one lower, except in files of the library speculators. Without ids, z-lab's defaults for a
+        target of `depth` layers are returned. Raises a `ValueError` if their number does not fit the head's `fc`.
+        """
         ids, count = self.layer_ids, self.feature_count(sizes["target_hidden_size"])
         layers: list[int] | None = self.stated.get("feature_layers")
         if layers is None and ids is not None:

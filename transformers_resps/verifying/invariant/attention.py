@@ -44,9 +44,10 @@ def levels_below(place: int, depth: int) -> int:
 class BlockLayout(NamedTuple):
     """The blocks of keys that the nodes of a tree, or the tokens of a prompt, attend to.
 
-    A token's place is its index in its text, and also its slot; nodes have successive slots from the root's place on.
-    All nodes attend to the text's full blocks. The block with the root, and each later block, are separate for each
-    path: nodes attend to them in g groups of at most `_ROWS` nodes, each group to one block of one path.
+    A place is a token's index in its text. The key at a place of the text lies in the slot of the same number, and the
+    keys of the nodes lie in the slots after the text, in the order of the nodes. Blocks of `BLOCK` places before the
+    root's are shared by all nodes. From the root's block on, each path has own blocks, gathered from the slots of its
+    tokens. The nodes that attend to the same own block form groups of at most `_ROWS`; a row has g groups.
     """
 
     shared: Tensor  # [blocks, BLOCK], places of the keys in the blocks that all nodes share

@@ -175,7 +175,7 @@ class InvariantSteps(VerifyingSteps):
         return answers[0], answers[1:] + [self._answer(count, parts, is_chain=False) for count in _TRIED]
 
     def _answer(self, count: int, buffers: list[Tensor], *, is_chain: bool) -> Tensor:
-        """Compute one row's logits `[count, v]` over a chain by compiled code, in the layout of a chain or a tree."""
+        """Compute the first row's logits `[count, v]` for `count` successive tokens, by code for chains or trees."""
         rows = len(buffers[0])
         parents = (torch.arange(count) - 1).clamp(min=0).expand(rows, -1)
         tree = DraftTree.from_parents(torch.zeros_like(parents), parents).padded(self.count(count, rows, 1))

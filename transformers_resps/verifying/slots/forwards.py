@@ -194,7 +194,7 @@ def _laid_out(
 
 
 def node_positions(roots: Tensor, depths: Tensor) -> Tensor:
-    """Compute the positions `[b, n, planes]` of nodes at `depths` `[b, n]` below roots `[b, planes]`."""
+    """Add `depths` `[b, n]` of nodes to position ids of roots `[b, planes]`: `[b, n, planes]`, several in M-RoPE."""
     return roots[:, None] + depths[..., None]
 
 

@@ -89,7 +89,7 @@ class SlotSteps(VerifyingSteps):
         return _unpacked(logits[0], tree) if self.pricing.packs_rows else logits, features
 
     def run(self, inputs: Sequence[Tensor]) -> tuple[Tensor, Features]:
-        """Run the target over tensors of `SlotInputs`, packed if `pricing.packs_rows`; return logits and features."""
+        """Run the target over the fields of a `SlotInputs`; return logits and features, of packed rows if they are."""
         states = () if self.states is None else self.states.tensors
         given, buffers = [*inputs, *states], self._texts.buffers.parts()
         if self._engine is None:
