@@ -139,7 +139,7 @@ class CompiledFunction:
         return self.needs_compiler(inputs) and self._packages is not None and packages_folder() is not None
 
     def load(self, inputs: Sequence[Tensor], buffers: Sequence[Tensor], outputs: Outputs) -> bool:
-        """Load the package for these sizes; return whether that worked. `outputs`: an example of the eager outputs."""
+        """Load the package for these sizes of the arguments; return whether that worked. `outputs` is an example."""
         key = self._key(inputs)
         if key in self._compiled or not self._are_packaged(inputs):
             return False

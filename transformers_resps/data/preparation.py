@@ -269,7 +269,7 @@ def _read_column(columns: Iterable[str], name: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Reader:
-    """Makes an example from a row's value in `column`, with the target's tokenizer or processor."""
+    """Makes a training `Example` from a row's value in `column`, with the target's tokenizer or processor."""
 
     column: str
     tokenizer: PreTrainedTokenizerBase | None

@@ -189,8 +189,8 @@ class BlockHead(HeadModel):
     """A head that drafts a block of tokens in one pass; the target verifies the likeliest paths.
 
     Load a published head with `from_pretrained` or create one with `from_target`, and pass it to `generate` as
-    `assistant_model`. The head uses the target's embedding table, but not the factor by which some targets scale it,
-    and the target's output head unless it has its own.
+    `assistant_model`. The head uses the target's embedding table, without the factor by which some targets scale it.
+    It uses the target's output head unless it has its own.
     """
 
     config_class = BlockHeadConfig

@@ -377,7 +377,7 @@ class HeadAccount:
         return not self._is_refused
 
     def begin_call(self, prompt_seconds: float | None) -> None:
-        """Begin a call; learn the seconds that the head took for its prompts (`None` if the call has no head)."""
+        """Begin a call; record the seconds that the head took for its prompts (`None` if the call has no head)."""
         self._close()
         self.is_left_out, self._is_refused = self._is_refused and prompt_seconds is None, False
         if prompt_seconds is None:
