@@ -469,7 +469,8 @@ def test_packaged_code_computes_a_layer_by_it(
     compiled = CompiledFunction(lambda *given: layer(*given), CHANGING, packages=packages, name="layer", bits=bits)
     whole = decoding(20)
     wanted = compiled(whole)
-    for count in (1, 3, 7, 20):
+    counts = (3, 7, 20) if has_bias else (1, 3, 7, 20)
+    for count in counts:
         ours, eager = decoding(count), decoding(count)
         found, expected = compiled(ours), reference(*eager)
         torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)
@@ -477,7 +478,7 @@ def test_packaged_code_computes_a_layer_by_it(
         for states, others in zip(ours[4:6], eager[4:6], strict=True):
             torch.testing.assert_close(states, others, rtol=0.02, atol=0.02)
             assert torch.equal(states[:, :, :70], others[:, :, :70])
-    assert len(stored_packages(tmp_path)) == 2  # one row has code of its own
+    assert len(stored_packages(tmp_path)) == 1 + (1 in counts)  # one row has code of its own
 
 
 PLAIN = FixedPolicy(TreeShape.plain())
