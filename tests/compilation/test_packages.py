@@ -190,6 +190,12 @@ def test_codes_of_one_module_hold_its_weights_once_and_the_file_leaves_memory(
     assert torch.equal(layer(rows), expected), "eager code reads the file again"
 
 
+def graphs_with_weights() -> list[torch.fx.GraphModule]:
+    gc.collect()
+    graphs = [one for one in gc.get_objects() if isinstance(one, torch.fx.GraphModule)]
+    return [one for one in graphs if [*one.parameters(), *one.buffers()]]
+
+
 @needs_instructions
 @needs_compiler
 def test_packed_weights_leave_memory_with_the_last_code_that_reads_them(
@@ -201,7 +207,9 @@ def test_packed_weights_leave_memory_with_the_last_code_that_reads_them(
     given = rows().to(torch.bfloat16)
     stored = packages.ModulePackages(lambda: layer, "the layer")
     job = packages.CompileJob(lambda rows: [layer(rows)], [given], [(0,)], {"freezing": True}, alike=False)
+    before = {id(graph) for graph in graphs_with_weights()}
     one, two = stored.compile("one", "", job), stored.compile("two", "", job)
+    assert before >= {id(graph) for graph in graphs_with_weights()}, "the compiler keeps weights"
     first, second = (
         [part.tensor for part in code._parts[0].constants if part.tensor.dim() == 4] for code in (one, two)
     )

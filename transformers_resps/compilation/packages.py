@@ -309,6 +309,8 @@ def _compile(module: nn.Module, job: CompileJob, path: Path, bar: Any) -> _Manif
             return writer.write_parts(program, parts, weights, bar)
         except UncuttableError:  # A new archive replaces the one that may hold some parts.
             return writer.write_whole(program, weights)
+        finally:  # PyTorch keeps the graph of the latest export, and with it packed weights: let it keep an empty one.
+            torch.export.export(nn.Identity(), (torch.zeros(1),), strict=False)
 
 
 @dataclass(frozen=True)
