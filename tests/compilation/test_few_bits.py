@@ -80,7 +80,7 @@ def weight_of(codes: Tensor, scales: Tensor, offsets: Tensor | None, kind: Codes
 @needs_compiler
 @pytest.mark.parametrize("kernel", [VECTORS, TILES])
 @pytest.mark.parametrize("kind", list(Codes))
-@pytest.mark.parametrize(("inputs", "outputs", "groups"), [(64, 96, 1), (576, 200, 9), (256, 7, 8)])
+@pytest.mark.parametrize(("inputs", "outputs", "groups"), [(64, 96, 1), (576, 200, 9), (256, 7, 8), (320, 70, 2)])
 @pytest.mark.parametrize("has_offsets", [True, False])
 def test_products_are_those_of_the_same_numbers_and_a_row_gets_the_same_bits_beside_others(
     kernel: str, kind: Codes, inputs: int, outputs: int, groups: int, has_offsets: bool

@@ -30,6 +30,10 @@ enum {
     AHEAD = 96 * LANES * 2,  // distance of the weights to prefetch from those in use: 6 KiB
     LINES = 16,  // lines of 64 bytes in an AMX tile: rows, or pairs of weights
     DEEP = 2 * LINES,  // inputs in one product of AMX tiles
+    TILED_ROWS = 4 * LINES,  // rows that tiles multiply with weights while these are in a near cache
+    CHUNK = 4 * DEEP,  // inputs whose codes are decoded together for tiles
+    CODE_LINE = 64,  // bytes in a line of codes
+    AHEAD_LINES = 96,  // distance of the lines to prefetch from those in use
 };
 
 typedef uint16_t Bf16;
@@ -102,7 +106,53 @@ RESPS_INLINE void resps_multiply(
         default: RESPS_BY_SIX(function, count, __VA_ARGS__)  \
     }
 
+// ---- codes of few bits
+
+#pragma GCC push_options
+#pragma GCC target("avx512vbmi")
+
+// Lookup tables for codes: the bytes of 128 bf16 numbers, or 16 bf16 numbers twice.
+RESPS_INLINE void resps_tables(const Bf16* table, __m512i* tables) {
+    if (table) {
+        const __m512i numbers = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i*)table));
+        for (int i = 0; i < 4; ++i) tables[i] = numbers;
+        return;
+    }
+    uint8_t bytes[4 * CODE_LINE];
+    for (int i = 0; i < 2 * CODE_LINE; ++i) {
+        const float value = (float)i + 0.5f;
+        uint32_t bits;
+        __builtin_memcpy(&bits, &value, sizeof bits);
+        bytes[i] = (uint8_t)(bits >> 16), bytes[2 * CODE_LINE + i] = (uint8_t)(bits >> 24);
+    }
+    for (int i = 0; i < 4; ++i) tables[i] = _mm512_loadu_si512(bytes + i * CODE_LINE);
+}
+
+// Turns a line of codes into bf16 pairs: [2, LANES, 2] for 8 bits, [2, 2, LANES, 2] for 4 bits. A code of 8 bits has
+// a sign bit and 7 bits for 0.5 to 127.5: so a number needs two lookups in 128 bytes.
+RESPS_INLINE void resps_decode(const int width, const uint8_t* line, const __m512i* tables, __m512i* numbers) {
+    const __m512i codes = _mm512_loadu_si512(line);
+    if (width == 8) {
+        const __m512i low = _mm512_permutex2var_epi8(tables[0], codes, tables[1]);
+        const __m512i high = _mm512_permutex2var_epi8(tables[2], codes, tables[3]);
+        const __m512i sign = _mm512_set1_epi8((char)0x80);
+        const __m512i both = _mm512_ternarylogic_epi32(codes, sign, high, 0xea);  // codes & sign | high
+        numbers[0] = _mm512_unpacklo_epi8(low, both);
+        numbers[1] = _mm512_unpackhi_epi8(low, both);
+        return;
+    }
+    numbers[0] = _mm512_permutexvar_epi16(codes, tables[0]);
+    numbers[1] = _mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 4), tables[0]);
+    numbers[2] = _mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 8), tables[0]);
+    numbers[3] = _mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 12), tables[0]);
+}
+
+#pragma GCC pop_options
+
 // ---- tiles
+
+#pragma GCC push_options
+#pragma GCC target("amx-tile,amx-bf16,avx512vbmi")  // a processor with AMX has all of them
 
 // AMX tiles are registers of 16 lines of 64 bytes. A product adds rows [lines, 16 pairs] times weights [16 pairs, 16,
 // 2], in the layout of a block, to sums [lines, 16]. Tests emulate the tiles.
@@ -144,9 +194,6 @@ static void resps_tile_zero(int tile) { __builtin_memset(resps_tiles.lines[tile]
 static void resps_tile_release(void) {}
 
 #else
-
-#pragma GCC push_options
-#pragma GCC target("amx-tile,amx-bf16")
 
 enum { TILE_DATA = 18, ASK_FOR_STATE = 0x1023 };  // of Linux's `arch_prctl`
 
@@ -195,21 +242,60 @@ static void resps_release_tiles(void) {
     resps_set = 0;
 }
 
-// Writes the products of up to 32 rows with a block of weights [depth / 2, BLOCK, 2] to `sums` [rows, BLOCK].
-static void resps_multiply_block(
-    float* sums, int count, const Bf16* rows, int64_t stride, int64_t depth, const Bf16* weights, int fetches) {
+// What tiles read meanwhile from memory: weights to prefetch, or codes to decode.
+typedef struct {
+    const uint8_t* next;
+    const __m512i* tables;  // of codes, see `resps_tables`
+    Bf16* weights;  // where decoded weights are written
+    int64_t left;  // number of inputs whose codes are to be decoded
+} RespsAhead;
+
+// Prefetches the weights of DEEP inputs, if they have 16 bits, or decodes those of 8 or 4 bits while any are left.
+RESPS_INLINE void resps_read_ahead(const int bits, RespsAhead* ahead) {
+    if (bits == 16) {
+        for (int line = 0; line < DEEP; ++line, ahead->next += CODE_LINE) __builtin_prefetch(ahead->next, 0, 2);
+        return;
+    }
+    if (!ahead->left) return;
+    const int vectors = 8 / bits * NARROW;
+    const __m512i tables[4] = {ahead->tables[0], ahead->tables[1], ahead->tables[2], ahead->tables[3]};
+    const uint8_t* codes = ahead->next;
+    Bf16* weights = ahead->weights;
+    for (int line = 0; line < DEEP * bits / 16; ++line, codes += CODE_LINE, weights += vectors * 2 * LANES) {
+        __m512i numbers[2 * NARROW];
+        __builtin_prefetch(codes + AHEAD_LINES * CODE_LINE, 0, 2);
+        resps_decode(bits, codes, tables, numbers);
+#pragma GCC unroll 4  // in a loop GCC calls memcpy, which takes four times as long
+        for (int v = 0; v < vectors; ++v) _mm512_store_si512(weights + v * 2 * LANES, numbers[v]);
+    }
+    ahead->next = codes, ahead->weights = weights, ahead->left -= DEEP;
+}
+
+// Writes the products of up to 32 rows with a block of weights [depth / 2, BLOCK, 2] to `sums` [rows, BLOCK], or adds
+// them with `adds`. Meanwhile reads ahead weights of `bits` bits, or nothing if these are 0.
+RESPS_INLINE void resps_multiply_block(
+    const int bits, float* sums, int adds, int count, const Bf16* rows, int64_t stride, int64_t depth,
+    const Bf16* weights, RespsAhead* ahead) {
     const int first = count < LINES ? count : LINES, second = count - first;
+    float* others = sums + LINES * BLOCK;
     resps_prepare_tiles(first, second);
     RESPS_WRITTEN;
-    resps_tile_zero(0);
-    resps_tile_zero(1);
-    resps_tile_zero(2);
-    resps_tile_zero(3);
+    if (adds) {
+        resps_tile_load(0, sums, BLOCK * sizeof *sums);
+        resps_tile_load(1, sums + LANES, BLOCK * sizeof *sums);
+        if (second) {
+            resps_tile_load(2, others, BLOCK * sizeof *sums);
+            resps_tile_load(3, others + LANES, BLOCK * sizeof *sums);
+        }
+    } else {
+        resps_tile_zero(0);
+        resps_tile_zero(1);
+        resps_tile_zero(2);
+        resps_tile_zero(3);
+    }
     for (int64_t k = 0; k < depth; k += DEEP) {
         const Bf16* read = weights + k * BLOCK;
-        if (fetches) {
-            for (int line = 0; line < DEEP; ++line) __builtin_prefetch(read + (4 * DEEP + line) * BLOCK, 0, 2);
-        }
+        if (bits) resps_read_ahead(bits, ahead);
         resps_tile_load(4, rows + k, stride * sizeof *rows);
         resps_tile_load(6, read, 2 * BLOCK * sizeof *read);
         resps_tile_multiply(0, 4, 6);
@@ -224,9 +310,10 @@ static void resps_multiply_block(
     resps_tile_store(0, sums, BLOCK * sizeof *sums);
     resps_tile_store(1, sums + LANES, BLOCK * sizeof *sums);
     if (second) {
-        resps_tile_store(2, sums + LINES * BLOCK, BLOCK * sizeof *sums);
-        resps_tile_store(3, sums + LINES * BLOCK + LANES, BLOCK * sizeof *sums);
+        resps_tile_store(2, others, BLOCK * sizeof *sums);
+        resps_tile_store(3, others + LANES, BLOCK * sizeof *sums);
     }
+    RESPS_WRITTEN;
 }
 
 // Adds the products of up to 16 rows [count, depth] with a block [depth / 2, TILE, 2] to `sums` [count, TILE].
@@ -256,9 +343,7 @@ static void resps_add_products(
     resps_tile_store(3, sums + 3 * LANES, written * sizeof *sums);
 }
 
-#ifndef RESPS_EMULATES_TILES
 #pragma GCC pop_options
-#endif
 
 // ---- linear layers
 
@@ -368,17 +453,28 @@ RESPS_INLINE void resps_linear_rows(
     for (int i = 0; i < count; ++i) resps_write(of, row + i, block, sums + i * NARROW);
 }
 
-// Reading a block from memory takes as long as multiplying it with two tiles of rows, so the first two prefetch it.
+#pragma GCC push_options
+#pragma GCC target("amx-tile,amx-bf16,avx512vbmi")
+
+// Reading a block from memory takes as long as multiplying it with two tiles of rows, so the first two prefetch it, and
+// as much of the next block while their results are written.
 static void resps_linear_tiles(const RespsLinear* of, int64_t block) {
     __m512 sums[2 * LINES * NARROW];
+    const Bf16* weights = of->packed + block * BLOCK * of->depth;
+    RespsAhead ahead = {(const uint8_t*)(weights + 4 * DEEP * BLOCK), 0, 0, 0};
     for (int64_t row = 0; row < of->count; row += 2 * LINES) {
         const int count = (int)resps_least(of->count - row, 2 * LINES);
-        const Bf16* weights = of->packed + block * BLOCK * of->depth;
         const Bf16* rows = of->rows + row * of->depth;
-        resps_multiply_block((float*)sums, count, rows, of->depth, of->depth, weights, row == 0);
-        for (int i = 0; i < count; ++i) resps_write(of, row + i, block, sums + i * NARROW);
+        if (row) resps_multiply_block(0, (float*)sums, 0, count, rows, of->depth, of->depth, weights, 0);
+        else resps_multiply_block(16, (float*)sums, 0, count, rows, of->depth, of->depth, weights, &ahead);
+        for (int i = 0; i < count; ++i) {
+            for (int line = 0; line < 2 && !row; ++line, ahead.next += CODE_LINE) __builtin_prefetch(ahead.next, 0, 2);
+            resps_write(of, row + i, block, sums + i * NARROW);
+        }
     }
 }
+
+#pragma GCC pop_options
 
 // A block stays in a near cache while groups of rows are multiplied with it. Reading a block from memory takes as long
 // as multiplying it with twelve to twenty rows, so memory must not idle: the first two groups prefetch one half each of
@@ -434,43 +530,6 @@ static void resps_gate(const Bf16* both, Bf16* result, int64_t count, int64_t wi
 
 #pragma GCC push_options
 #pragma GCC target("avx512vbmi")
-
-enum { CODE_LINE = 64, AHEAD_LINES = 96 };  // bytes in a line of codes; distance of the lines to prefetch
-
-// Lookup tables for codes: the bytes of 128 bf16 numbers, or 16 bf16 numbers twice.
-RESPS_INLINE void resps_tables(const Bf16* table, __m512i* tables) {
-    if (table) {
-        tables[0] = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i*)table));
-        return;
-    }
-    uint8_t bytes[4 * CODE_LINE];
-    for (int i = 0; i < 2 * CODE_LINE; ++i) {
-        const float value = (float)i + 0.5f;
-        uint32_t bits;
-        __builtin_memcpy(&bits, &value, sizeof bits);
-        bytes[i] = (uint8_t)(bits >> 16), bytes[2 * CODE_LINE + i] = (uint8_t)(bits >> 24);
-    }
-    for (int i = 0; i < 4; ++i) tables[i] = _mm512_loadu_si512(bytes + i * CODE_LINE);
-}
-
-// Turns a line of codes into bf16 pairs: [2, LANES, 2] for 8 bits, [2, 2, LANES, 2] for 4 bits. A code of 8 bits has
-// a sign bit and 7 bits for 0.5 to 127.5: so a number needs two lookups in 128 bytes.
-RESPS_INLINE void resps_decode(const int width, const uint8_t* line, const __m512i* tables, __m512i* numbers) {
-    const __m512i codes = _mm512_loadu_si512(line);
-    if (width == 8) {
-        const __m512i low = _mm512_permutex2var_epi8(tables[0], codes, tables[1]);
-        const __m512i high = _mm512_permutex2var_epi8(tables[2], codes, tables[3]);
-        const __m512i sign = _mm512_set1_epi8((char)0x80);
-        const __m512i both = _mm512_ternarylogic_epi32(codes, sign, high, 0xea);  // codes & sign | high
-        numbers[0] = _mm512_unpacklo_epi8(low, both);
-        numbers[1] = _mm512_unpackhi_epi8(low, both);
-        return;
-    }
-    numbers[0] = _mm512_permutexvar_epi16(codes, tables[0]);
-    numbers[1] = _mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 4), tables[0]);
-    numbers[2] = _mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 8), tables[0]);
-    numbers[3] = _mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 12), tables[0]);
-}
 
 // `resps_multiply` for a block of codes, with the same order of sums.
 RESPS_INLINE void resps_multiply_codes(
@@ -546,51 +605,68 @@ RESPS_INLINE void resps_few_bits_rows(
     for (int i = 0; i < count; ++i) resps_write(of, row + i, block, totals + i * NARROW);
 }
 
-static void resps_few_bits_tiles(const RespsLinear* of, int64_t block, const Bf16* weights, const float* inputs) {
-    const int64_t depth = of->depth / of->bits.groups;
-    __m512 totals[2 * LINES * NARROW], sums[2 * LINES * NARROW];
-    for (int64_t row = 0; row < of->count; row += 2 * LINES) {
-        const int count = (int)resps_least(of->count - row, 2 * LINES);
-        for (int i = 0; i < count * NARROW; ++i) totals[i] = _mm512_setzero_ps();
+#pragma GCC push_options
+#pragma GCC target("amx-tile,amx-bf16")
+
+// Multiplies up to TILED_ROWS rows, from `row` on, with some blocks. Each chunk of inputs is decoded while tiles multiply
+// the chunk before, whose weights are in the L1 cache.
+RESPS_INLINE void resps_few_bits_tiles(
+    const int width, const RespsLinear* of, int64_t row, RespsSpan span, const __m512i* tables, const float* inputs) {
+    const int64_t all = resps_least(of->count - row, TILED_ROWS), depth = of->depth / of->bits.groups;
+    const int64_t beginning = resps_least(depth, CHUNK);
+    __m512 sums[TILED_ROWS * NARROW], totals[TILED_ROWS * NARROW];
+    alignas(CODE_LINE) Bf16 weights[2][CHUNK * BLOCK];
+    RespsAhead ahead = {of->bits.codes + span.first * BLOCK * of->depth * width / 8, tables, weights[0], beginning};
+    int turn = 0;
+    if (span.first == span.end) return;
+    while (ahead.left) resps_read_ahead(width, &ahead);
+    for (int64_t block = span.first; block < span.end; ++block) {
+        for (int i = 0; i < all * NARROW; ++i) totals[i] = _mm512_setzero_ps();
         for (int64_t group = 0; group < of->bits.groups; ++group) {
-            const Bf16* rows = of->rows + row * of->depth + group * depth;
-            const Bf16* read = weights + group * depth * BLOCK;
-            resps_multiply_block((float*)sums, count, rows, of->depth, depth, read, 0);
-            resps_add_group(totals, sums, count, of, row, block, group, inputs);
+            const int is_last = block + 1 == span.end && group + 1 == of->bits.groups;
+            for (int64_t start = 0; start < depth; start += CHUNK, turn = !turn) {
+                const int64_t end = resps_least(depth, start + CHUNK);
+                ahead.weights = weights[!turn];
+                ahead.left = end < depth ? resps_least(depth - end, CHUNK) : is_last ? 0 : beginning;
+                for (int64_t first = 0; first < all; first += 2 * LINES) {
+                    const int count = (int)resps_least(all - first, 2 * LINES);
+                    const Bf16 *rows = of->rows + (row + first) * of->depth + group * depth + start, *read = weights[turn];
+                    float* to = (float*)(sums + first * NARROW);
+                    if (first) resps_multiply_block(0, to, start > 0, count, rows, of->depth, end - start, read, 0);
+                    else resps_multiply_block(width, to, start > 0, count, rows, of->depth, end - start, read, &ahead);
+                    if (end < depth) continue;
+                    __m512* added = totals + first * NARROW;
+                    resps_add_group(added, sums + first * NARROW, count, of, row + first, block, group, inputs);
+                }
+                while (ahead.left) resps_read_ahead(width, &ahead);
+            }
         }
-        for (int i = 0; i < count; ++i) resps_write(of, row + i, block, totals + i * NARROW);
+        for (int i = 0; i < all; ++i) resps_write(of, row + i, block, totals + i * NARROW);
     }
 }
 
-static void resps_decode_block(const RespsFewBits* bits, int64_t depth, int64_t block, const __m512i* tables, Bf16* weights) {
-    const int64_t lines = bits->table ? depth / 4 : depth / 2;
-    const uint8_t* codes = bits->codes + block * lines * CODE_LINE;
-    for (int64_t line = 0; line < lines; ++line, codes += CODE_LINE) {
-        __m512i numbers[2 * NARROW];
-        __builtin_prefetch(codes + AHEAD_LINES * CODE_LINE, 0, 2);
-        if (bits->table) resps_decode(4, codes, tables, numbers);
-        else resps_decode(8, codes, tables, numbers);
-        const int vectors = bits->table ? 2 * NARROW : NARROW;
-        for (int v = 0; v < vectors; ++v) _mm512_store_si512(weights + (line * vectors + v) * 2 * LANES, numbers[v]);
+static void resps_share_by_tiles(const RespsLinear* of, RespsSpan span, const __m512i* tables, const float* inputs) {
+    for (int64_t row = 0; row < of->count; row += TILED_ROWS) {
+        if (of->bits.table) resps_few_bits_tiles(4, of, row, span, tables, inputs);
+        else resps_few_bits_tiles(8, of, row, span, tables, inputs);
     }
 }
 
-// Multiplies this thread's share of the blocks. Decodes codes for each group of rows, which takes less time than
-// storing and loading them; for tiles once.
-static void resps_share_few_bits(const RespsLinear* of, int by_tiles, uint8_t* memory) {
+#pragma GCC pop_options
+
+// Multiplies this thread's share of the blocks. Codes are decoded for each group of rows, which takes less time than
+// storing and loading their weights.
+static void resps_share_few_bits(const RespsLinear* of, int by_tiles, float* inputs) {
     const int64_t groups = (of->count + BLOCK_ROWS - 1) / BLOCK_ROWS;
     const RespsSpan span = resps_span(resps_blocks_of(of));
-    Bf16* weights = (Bf16*)memory;
-    float* inputs = (float*)(weights + (by_tiles ? of->depth * BLOCK : 0));
     if (of->bits.offsets) resps_sum_inputs(of, inputs);
     __m512i tables[4];
     resps_tables(of->bits.table, tables);
+    if (by_tiles) {
+        resps_share_by_tiles(of, span, tables, inputs);
+        return;
+    }
     for (int64_t block = span.first; block < span.end; ++block) {
-        if (by_tiles) {
-            resps_decode_block(&of->bits, of->depth, block, tables, weights);
-            resps_few_bits_tiles(of, block, weights, inputs);
-            continue;
-        }
         for (int64_t group = 0; group < groups; ++group) {
             const int64_t row = of->count * group / groups;
             const int count = (int)(of->count * (group + 1) / groups - row);
@@ -605,9 +681,7 @@ RESPS_INLINE int64_t resps_lines(int64_t bytes) { return (bytes + CODE_LINE - 1)
 
 // The bytes of memory that each thread needs for a product.
 static int64_t resps_memory(const RespsLinear* of) {
-    if (of->packed) return 0;
-    const int64_t decoded = resps_by_tiles(of) ? of->depth * BLOCK * (int64_t)sizeof(Bf16) : 0;
-    return decoded + resps_lines(of->bits.offsets ? of->count * of->bits.groups * (int64_t)sizeof(float) : 0);
+    return resps_lines(of->bits.offsets ? of->count * of->bits.groups * (int64_t)sizeof(float) : 0);
 }
 
 // Each thread of a team calls this, and multiplies its share of the blocks.
@@ -615,7 +689,7 @@ static void resps_share(const RespsLinear* of, uint8_t* memory) {
     const int by_tiles = resps_by_tiles(of);
     const RespsSpan span = resps_span(resps_blocks_of(of));
     if (!of->packed) {
-        resps_share_few_bits(of, by_tiles, memory);
+        resps_share_few_bits(of, by_tiles, (float*)memory);
         return;
     }
     for (int64_t block = span.first; block < span.end; ++block) {
