@@ -32,6 +32,9 @@ from transformers_resps.compilation.few_bits import (
 )
 from transformers_resps.compilation.kernels import NEVER, TILES, VECTORS, reads_few_bits
 from transformers_resps.compilation.packages import FOLDER_VARIABLE
+from transformers_resps.tree import DraftTree
+from transformers_resps.verifying.forward import TargetForward
+from transformers_resps.verifying.slots.verifier import SlotMode
 
 
 needs_lookups = pytest.mark.skipif(not reads_few_bits(), reason="asks for AVX512-BF16 and AVX512-VBMI")
@@ -264,6 +267,15 @@ def test_steps_of_a_quantized_target_run_compiled_and_exactly(
     detach(target)
     with torch.no_grad():
         assert torch.equal(target(prompt).logits, before)
+
+
+@pytest.mark.parametrize(("names", "least"), [(["int8"], 2), ([], 4)])
+def test_a_step_over_slots_has_two_rows_if_weights_have_few_bits(names: list[str], least: int) -> None:
+    target = quantized(*names) if names else Architecture("qwen2", SIZES).build("sdpa").bfloat16().eval()
+    with torch.no_grad(), SlotMode().verifier(TargetForward.of(target), torch.arange(6)[None]) as verifier:
+        verifier.prefill(PROMPT)
+        verifier.verify(DraftTree.root_only(PROMPT[:, 0]))
+        assert verifier.pricing.least_nodes == least
 
 
 def test_prepack_leaves_quantized_layers_and_says_so(caplog: pytest.LogCaptureFixture, monkeypatch: Any) -> None:

@@ -132,6 +132,7 @@ def test_a_forward_on_a_cpu_has_four_rows_or_more_and_two_nodes_of_each_text() -
     cpu = torch.device("cpu")
     assert [padded_count(cpu, count) for count in (1, 2, 4, 9)] == [4, 4, 4, 9]
     assert [padded_count(cpu, 1, rows) for rows in (1, 2, 3, 4, 8)] == [4, 2, 2, 2, 2]
+    assert [padded_count(cpu, count, least=2) for count in (1, 2, 4, 9)] == [2, 2, 4, 9]
 
 
 # Nodes of several rows as one

@@ -237,6 +237,11 @@ def few_bits(layer: nn.Module) -> FewBits | None:
     return recognise(weight) if recognise and isinstance(layer, nn.Linear) and weight.device.type == "cpu" else None
 
 
+def has_few_bits(module: nn.Module) -> bool:
+    """Whether a layer of the module has a weight of 8 or 4 bits."""
+    return any(few_bits(layer) is not None for layer in module.modules())
+
+
 def unread_weights(model: PreTrainedModel) -> list[str]:
     """Return class names of the model's quantized or sharded weights that compiled code cannot read on this CPU."""
     is_served = reads_few_bits() and model.dtype is torch.bfloat16  # a cast changes this dtype, but few such weights

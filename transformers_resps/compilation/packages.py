@@ -35,7 +35,7 @@ from torch.fx import Graph, Node
 from torch.fx.node import Argument
 from transformers.utils.logging import tqdm
 
-from .few_bits import exposed, few_bits, named_weights
+from .few_bits import exposed, has_few_bits, named_weights
 from .kernels import demanded_kernel, native_object, our_kernels
 from .native import has_usual_layers, native_operators, use_native
 from .pages import collapse, release
@@ -136,7 +136,7 @@ class ModulePackages:
     @property
     def hold_few_bits(self) -> bool:
         """Whether the module has quantized weights, which only packaged code reads."""
-        return any(few_bits(layer) is not None for layer in self._module().modules())
+        return has_few_bits(self._module())
 
     @property
     def identity(self) -> str:

@@ -20,7 +20,7 @@ from transformers import (
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 
-from ...compilation.few_bits import few_bits, unread_weights
+from ...compilation.few_bits import has_few_bits, unread_weights
 from ...compilation.native import keeps_rows_apart
 from ..cache import cached_length, given_cache
 from ..forward import TargetForward, is_compiled
@@ -82,7 +82,7 @@ def _of_weights(model: PreTrainedModel, compile: bool | str | None) -> Iterator[
     if model.dtype is torch.float64 and model.device.type != "cpu":
         yield "float64 on a GPU, where PyTorch has no attention for it", "Use float32"
     is_odd = getattr(model, "hf_quantizer", None) is not None or any(type(one) is not nn.Parameter for one in weights)
-    is_read = not unread_weights(model) and any(few_bits(layer) is not None for layer in model.modules())
+    is_read = not unread_weights(model) and has_few_bits(model)
     if is_odd and not (is_read and compile is True):
         yield "quantized or sharded weights", "Pass `compile=True`" if is_read else "Load the model without"
 

@@ -115,12 +115,16 @@ def _code_name(kind: str, is_batch: bool) -> str:
 
 
 LEAST_ROWS = 4  # least number of rows of a CPU's forward: oneDNN takes longer for one or two than for four (measured)
+FEW_BITS_LEAST_ROWS = 2  # the same for our kernels of few bits, for which each row takes time
 
 
-def padded_count(device: torch.device, count: int, rows: int = 1) -> int:
-    """Round up `count`, the nodes of each of `rows` trees, to a number for which compiled code exists or is fast."""
+def padded_count(device: torch.device, count: int, rows: int = 1, least: int = LEAST_ROWS) -> int:
+    """Round up `count`, the nodes of each of `rows` trees, to a number for which compiled code exists or is fast.
+
+    On a CPU all trees together have at least `least` nodes, and each has two.
+    """
     if device.type != "cuda":  # compiled code runs any number from two on; on CUDA each number needs a graph
-        return max(count, 2, -(-LEAST_ROWS // rows))
+        return max(count, 2, -(-least // rows))
     return next((size for size in _CAPTURED_SIZES if size >= count), -(-count // 64) * 64)
 
 

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
+from ...compilation.few_bits import has_few_bits
 from ...tree import DraftTree, Pricing
 from ..forward import Features, TargetForward
 from ..hybrids import StateKinds, is_recurrent
-from .engine import LEAST_ROWS, SlotEngine, padded_count
+from .engine import FEW_BITS_LEAST_ROWS, LEAST_ROWS, SlotEngine, padded_count
 from .forwards import HybridForward, SlotForward, packs_rows
 from .texts import SlotTexts, filled_up
 
@@ -69,6 +70,7 @@ class SlotSteps(VerifyingSteps):
     ) -> None:
         self._forward, self._texts, self._engine, self._options = forward, texts, engine, options
         self._follows_parts = follows_parts
+        self._least_rows = FEW_BITS_LEAST_ROWS if has_few_bits(forward.target) else LEAST_ROWS
 
     def begin(self, cache: Cache) -> None:
         self._forward.stop_catching()  # code that is compiled with hooks would always run them
@@ -104,16 +106,17 @@ class SlotSteps(VerifyingSteps):
     def _inputs(self, tree: DraftTree) -> list[Tensor]:
         """Make a forward's inputs from `tree`, padded to the buffers' number of rows and to one of few node counts."""
         texts, device = self._texts, self._texts.rows.device
-        beside = LEAST_ROWS if self.pricing.packs_rows else texts.count
-        count = self._apart(padded_count(device, tree.node_count, beside))
+        least = self._least_rows
+        beside = least if self.pricing.packs_rows else texts.count
+        count = self._apart(padded_count(device, tree.node_count, beside, least))
         nodes, seen = texts.nodes(tree, count), texts.visible(texts.reserve(max(texts.places) + count))
         if not self.pricing.packs_rows:
-            least = self._apart(padded_count(device, 1, texts.count))
+            least = self._apart(padded_count(device, 1, texts.count, least))
             self.pricing = self.pricing._replace(least_nodes=least)
             return [*nodes, seen, texts.first(count)]
         packed = [row * count + node for row, own in enumerate(tree.row_sizes) for node in range(own)]
-        self.pricing = self.pricing._replace(least_nodes=1 + max(LEAST_ROWS - len(tree.tokens), 0))
-        packed = filled_up(packed, self._apart(max(len(packed), LEAST_ROWS), count))
+        self.pricing = self.pricing._replace(least_nodes=1 + max(least - len(tree.tokens), 0))
+        packed = filled_up(packed, self._apart(max(len(packed), least), count))
         return [*nodes, seen, texts.first(len(packed)), torch.tensor(packed)]
 
     def _apart(self, count: int, *others: int) -> int:
@@ -137,7 +140,7 @@ class RoundedSteps:
     def logits(self, tokens: Tensor, level: int) -> Tensor:
         """Return fp32 logits `[b, v]` after `tokens` `[b]` at `level` of a chain (root: 0). Call it level by level."""
         texts, rows = self._texts, len(tokens)
-        count = apart(padded_count(texts.rows.device, 1, texts.count), texts.count)
+        count = apart(padded_count(texts.rows.device, 1, texts.count, FEW_BITS_LEAST_ROWS), texts.count)
         ids, depths, ancestors, roots = texts.nodes(DraftTree.root_only(tokens), count)
         seen = texts.visible(texts.reserve(max(texts.places) + level + count))
         given = [ids, depths, ancestors, roots + level, seen, texts.first(count)]
