@@ -21,7 +21,7 @@ PAGES += [ROOT / "training" / name for name in ("PUBLISHING.md", "PROTOCOL.md")]
 PAGES += sorted((ROOT / "docs").glob("*.md"))
 PAGES += sorted((ROOT / "model_cards").glob("*/README.md"))
 MAX_WORDS_OF_DOCS = 11_870  # a cell of a table may hold a hundred
-MEASURED, MAX_LINES_OF_MEASURED = "benchmarks.md", 145  # written from results files, a row for each that is there
+MEASURED, MAX_LINES_OF_MEASURED = "benchmarks.md", 190  # written from results files, for two processors a table each
 MAX_WORDS = {"README.md": 900, "CHANGELOG.md": 850, "CONTRIBUTING.md": 1300}
 # Words of ours -> the word that a reader knows.
 FORBIDDEN = {
