@@ -253,7 +253,8 @@ typedef struct {
 // Prefetches the weights of DEEP inputs, if they have 16 bits, or decodes those of 8 or 4 bits while any are left.
 RESPS_INLINE void resps_read_ahead(const int bits, RespsAhead* ahead) {
     if (bits == 16) {
-        for (int line = 0; line < DEEP; ++line, ahead->next += CODE_LINE) __builtin_prefetch(ahead->next, 0, 2);
+        // into the L1 cache, a few KiB ahead: loads of tiles wait for it, and memory does not
+        for (int line = 0; line < DEEP; ++line, ahead->next += CODE_LINE) __builtin_prefetch(ahead->next, 0, 3);
         return;
     }
     if (!ahead->left) return;
@@ -461,7 +462,7 @@ RESPS_INLINE void resps_linear_rows(
 static void resps_linear_tiles(const RespsLinear* of, int64_t block) {
     __m512 sums[2 * LINES * NARROW];
     const Bf16* weights = of->packed + block * BLOCK * of->depth;
-    RespsAhead ahead = {(const uint8_t*)(weights + 4 * DEEP * BLOCK), 0, 0, 0};
+    RespsAhead ahead = {(const uint8_t*)(weights + 3 * DEEP * BLOCK), 0, 0, 0};
     for (int64_t row = 0; row < of->count; row += 2 * LINES) {
         const int count = (int)resps_least(of->count - row, 2 * LINES);
         const Bf16* rows = of->rows + row * of->depth;
@@ -1252,6 +1253,19 @@ static RespsPlaces resps_places(const RespsLayer* of) {
     return at;
 }
 
+// Prefetches the first tile of keys and values that this thread reads.
+static void resps_fetch_tile(const RespsAttention* of) {
+    const int64_t first = resps_span(of->batch * of->key_heads * of->blocks * of->tiles).first;
+    const int64_t key = first % of->tiles * TILE, end = resps_least(of->length, key + TILE);
+    for (int part = 0; part < 2; ++part) {
+        const RespsStates* states = part ? &of->value : &of->key;
+        const Bf16* start = resps_start(of, states, first / of->tiles);
+        for (int64_t place = key * states->place; place < end * states->place; place += states->place) {
+            for (int64_t column = 0; column < of->width; column += 2 * LANES) __builtin_prefetch(start + place + column, 0, 2);
+        }
+    }
+}
+
 // Each thread of a team calls this. There are four barriers, and those of attention and of norms of many rows.
 static void resps_share_layer(RespsLayer of, const RespsPlaces* at, uint8_t* memory) {
     const int64_t thread = omp_get_thread_num(), is_own = of.states.count <= LINES;
@@ -1266,6 +1280,7 @@ static void resps_share_layer(RespsLayer of, const RespsPlaces* at, uint8_t* mem
     resps_fetch(&of.states);
     resps_share_norm(normed, of.rows, &of, 0, is_own);
     resps_share(&of.states, scratch);
+    resps_fetch_tile(&of.attention);
     resps_fetch(&of.output);
 #pragma omp barrier
     resps_share_attention(&of.attention, at->room, (float*)memory, at->threads);
