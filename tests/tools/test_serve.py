@@ -22,6 +22,7 @@ import torch
 
 pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
 pytest.importorskip("openai", reason="the extra `serve` is not installed")
+pytest.importorskip("transformers", minversion="5.25", reason="the extra `serve` needs Transformers 5.25")
 
 import openai
 import uvicorn
@@ -197,13 +198,12 @@ def serving_from(
     **names: Any,
 ) -> Iterator[tuple[int, serving.AttachedModels]]:
     """The port of a server of these targets, and what it serves."""
-    worker = serving.OneAtATime(remembers=remembers)
     served = {str(folder / name): head for name, head in heads.items()}
     policy = "10,2,9,8" if remembers else "10,2,9"
     loading: dict[str, Any] = {"policy": policy, "compile": None, "device": "cpu", "packed": False}
-    loading |= {"dtype": dtype, "invariant": invariant}
-    models = serving.AttachedModels(served, **loading, **names, worker=worker)
-    app = serving.build_app(models, worker)
+    loading |= {"dtype": dtype, "invariant": invariant, "remembers": remembers}
+    models = serving.AttachedModels(served, **loading, **names)
+    app = serving.build_app(models)
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
     with socket.create_server(("127.0.0.1", 0)) as listening:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
@@ -233,6 +233,12 @@ def test_a_stream_is_the_answer_and_its_last_chunk_has_the_figures(client: Clien
     assert [chunk.choices[0].finish_reason for chunk in chunks] == [None] * (len(chunks) - 1) + ["length"]
     assert [chunk for chunk in chunks if "metrics" in chunk.model_extra] == chunks[-1:]
     assert chunks[-1].model_extra["metrics"]["speculative_decoding"]["num_spec_steps"] > 0
+
+
+def test_a_stream_counts_its_tokens_where_it_is_asked_to(client: Client) -> None:
+    options = {"stream_options": {"include_usage": True}}
+    *_, last, usage = client.stream({"messages": ASKED, "max_tokens": 20} | options)
+    assert "metrics" in last and usage["usage"]["completion_tokens"] == 20 and usage["choices"] == []
 
 
 def test_completions_and_responses_likewise(client: Client) -> None:
@@ -378,6 +384,7 @@ def test_an_answer_ends_where_the_model_has_no_positions_left(client: Client) ->
         ({"generation_config": {"policy": "owner/name"}}, 400, "'auto' or 'plain' only"),
         ({"generation_config": "{"}, 400, "could not be read"),
         ({"generation_config": {"num_return_sequences": 2}}, 400, "`num_return_sequences`"),
+        ({"generation_config": {"assistant_model": "owner/name"}}, 400, "has no ['assistant_model']"),
         ({"max_tokens": "many"}, 400, "could not be read"),
         ({"max_tokens": 0}, 400, "`max_tokens` is 0, but an answer has at least one token. Leave it out."),
         ({"max_completion_tokens": -1}, 400, "`max_completion_tokens` is -1"),
@@ -418,7 +425,7 @@ def test_the_other_endpoints_drop_nothing_either(client: Client) -> None:
 
 def test_tools_reach_a_template_that_knows_them(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     """Their names and no more, as a target reads few tokens here."""
-    processor = client.models.load_model_and_processor(client.target)[1]
+    processor = client.models.get_engine(client.target).processor
     names = "{% for tool in tools or [] %}{{ tool.function.name }}{% endfor %}"
     monkeypatch.setattr(processor, "chat_template", names + processor.chat_template)
     without, told = (client.ask({"messages": ASKED, "max_tokens": 2, "tools": tools})[1] for tools in ([], [TOOL]))
@@ -581,7 +588,7 @@ def test_a_quantized_target_answers_as_it_does_alone(tmp_path: Path, name: str, 
     head.save_pretrained(tmp_path / "head")
     with serving_from(tmp_path, {"target": str(tmp_path / "head")}, quantization=name) as (port, models):
         own = Client(port, tmp_path)
-        target, _ = models.load_model_and_processor(models.process_model_name(own.target))
+        target = models.get_engine(own.target).model
         plain = own.text({"messages": ASKED, "max_tokens": 9, "policy": "plain"})
         drafted = own.ask({"messages": ASKED, "max_tokens": 9})[1]
     prompt = templated().apply_chat_template(ASKED, add_generation_prompt=True, return_tensors="pt", return_dict=True)

@@ -1,4 +1,4 @@
-"""The private classes of Transformers' server on which `resps serve` stands, on each supported release."""
+"""The private classes of Transformers' server on which `resps serve` stands."""
 
 import inspect
 
@@ -7,6 +7,7 @@ import pytest
 
 pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
 pytest.importorskip("openai", reason="the extra `serve` is not installed")
+pytest.importorskip("transformers", minversion="5.25", reason="the extra `serve` needs Transformers 5.25")
 
 from transformers.cli.serving import chat_completion, completion, model_manager, response, server, utils
 
@@ -18,15 +19,14 @@ def test_the_installed_release_is_known() -> None:
 
 
 def test_a_release_with_another_server_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(serving.RELIED_ON, utils.GenerateManager.submit, "self job")
-    with pytest.raises(ValueError, match=r"`GenerateManager.submit` takes \(self fn args kwargs\), not \(self job\)"):
+    monkeypatch.setitem(serving.RELIED_ON, utils.Detokenizer.put_token, "self job")
+    with pytest.raises(ValueError, match=r"`Detokenizer.put_token` takes \(self token_id\), not \(self job\)"):
         serving.check_release()
 
 
 def test_everything_that_our_classes_override_is_pinned() -> None:
     pairs = {
-        serving.OneAtATime: utils.GenerateManager,
-        serving.OneManager: utils.GenerationState,
+        serving.AttachedEngine: model_manager.EngineClient,
         serving.AttachedModels: model_manager.ModelManager,
         serving.ChatHandler: chat_completion.ChatCompletionHandler,
         serving.CompletionHandler: completion.CompletionHandler,
@@ -37,19 +37,20 @@ def test_everything_that_our_classes_override_is_pinned() -> None:
         written = {name for kind in own.__mro__ if kind.__module__ == serving.__name__ for name in vars(kind)}
         for name in written & set(dir(stock)):
             found = getattr(stock, name)
-            if inspect.isfunction(found) and name not in ("list_models", "get_gen_models"):  # one of them per release
+            if inspect.isfunction(found) and name != "list_models":
                 assert found in pinned or any(name in method.__qualname__ for method in pinned), found
 
 
 def test_stock_still_calls_what_is_replaced() -> None:
-    source = inspect.getsource(utils.GenerateManager)
-    assert "model.generate(**gen_kwargs)" in source and "model.generate, **generate_kwargs" in source
+    engine = inspect.getsource(model_manager.EngineClient)
+    assert 'self._send_request("generate", args=(dict(inputs), generation_kwargs))' in engine
+    assert "self._send_request(method, args=args, streamer=streamer)" in engine
     for handler in (chat_completion, completion, response):
         text = inspect.getsource(handler)
-        calls = ("self._validate_request(body)", "self._resolve_model(body)", "self._build_generation_config(body, ")
+        calls = ("self._validate_request(body)", 'self.model_manager.get_engine(body.get("model"))')
+        calls += ("self._build_generation_kwargs(body, engine.", "self._check_prompt_length(engine, inputs)")
         assert all(call in text for call in calls), handler.__name__
-        assert "generation_state.get_manager(model_id" in text
-    assert 'data: {{"error": ' in inspect.getsource(chat_completion) and 'data: {{"error": ' in inspect.getsource(
-        completion
-    )
+        assert "engine.generate_streaming(inputs, generation_kwargs" in text
+    assert "data: {json.dumps({'error': item.msg})}" in inspect.getsource(chat_completion)
+    assert "data: {json.dumps({'error': text.msg})}" in inspect.getsource(completion)
     assert "model_manager.shutdown()" in inspect.getsource(server)

@@ -34,13 +34,12 @@ def run(args: argparse.Namespace) -> int:
     except ImportError as error:
         raise ValueError(
             f"The server of this release of Transformers is not one that `resps serve` knows ({error}). Install "
-            "Transformers 5.20 to 5.24."
+            "Transformers 5.25."
         ) from error
     serving.check_release()
     server_log = logging.getLogger("transformers.cli.serving")
     server_log.setLevel(logging.ERROR)  # Transformers logs a warning for every request
     with socket.create_server((args.host, args.port)) as listening:
-        worker = serving.OneAtATime(remembers=args.memory)
         models = serving.AttachedModels(
             dict(zip(args.targets, heads or [None] * len(args.targets), strict=True)),
             served=served,
@@ -51,11 +50,11 @@ def run(args: argparse.Namespace) -> int:
             device=args.device,
             packed=args.pack,
             quantization=args.quantization,
-            worker=worker,
+            remembers=args.memory,
         )
         host, port = listening.getsockname()[:2]
         print(f"Serving {', '.join(models.names)} at http://{host}:{port}/v1. Ctrl-C stops it.", flush=True)
-        app = serving.build_app(models, worker)
+        app = serving.build_app(models)
         config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=_GRACE_SECONDS)
         uvicorn.Server(config).run(sockets=[listening])
     return 0

@@ -1,16 +1,19 @@
 """The server of `transformers serve`, changed to serve attached models.
 
-In reading order: one request, the model that answers it, the worker that runs one request at a time, the served
-models, the handlers of OpenAI's endpoints, the figures of `/metrics`, and `Door`, the outermost layer. The classes of
-Transformers' server are private and may change, so `check_release` checks the signatures of the installed release.
+In reading order: one request, the engine that answers it, the served models, the handlers of OpenAI's endpoints, the
+figures of `/metrics`, and `Door`, the outermost layer. Transformers runs each model in a process of its own; here all
+models are in this process, and one thread answers one request at a time. The classes of Transformers' server are
+private and may change, so `check_release` checks the signatures of the installed release.
 """
 
 import asyncio
+import copy
 import inspect
 import json
 import re
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -30,7 +33,8 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
-from transformers.cli.serving import chat_completion, completion, model_manager, response, server, utils
+from transformers.cli.serving import chat_completion, completion, response, server, utils
+from transformers.cli.serving.model_manager import EngineClient, ModelLoader, ModelManager
 
 from ..drafting.suffix_memory import SuffixMemory
 from ..generation.attach import attach
@@ -104,6 +108,12 @@ class Exchange:
             "resps_speculation_seconds_total": self.report.seconds,
         }
 
+    def fail(self, error: Exception) -> None:
+        """Record an error in `generate`; of two, the first."""
+        if self.error is None:
+            self.status = 400 if isinstance(error, ValueError) else 500
+            self.error, self.ended = f"{type(error).__name__}: {error}", True
+
     def leave(self) -> None:
         """Record that the client has disconnected, and set `has_left` unless its answer was complete."""
         self.has_left |= not self.over.is_set()
@@ -116,13 +126,12 @@ _exchange: ContextVar[Exchange] = ContextVar("resps_exchange")
 class _Watch(StoppingCriteria):
     """A streamer (for beam search, a stopping criterion) that stops `generate` after the client has disconnected.
 
-    It forwards tokens to the request's own `streamer`, but signals the end only in `finish`, after the report is made.
+    It passes new tokens to `deliver`, if there is one.
     """
 
-    def __init__(self, streamer: Any, over: Event) -> None:
-        self._streamer, self._over = streamer, over
-        self._has_prompt = self._expects_prompt = False
-        self.has_tokens = False
+    def __init__(self, deliver: Callable[[list[int]], Any] | None, over: Event) -> None:
+        self._deliver, self._over = deliver, over
+        self._expects_prompt = self.has_tokens = False
 
     def start(self) -> None:
         """Prepare for a call of `generate`, which passes the prompt to `put` before new tokens."""
@@ -139,150 +148,133 @@ class _Watch(StoppingCriteria):
 
     def put(self, value: Tensor) -> None:
         self.check()
-        is_prompt, self._expects_prompt = self._expects_prompt, False
-        if not is_prompt:
-            self.has_tokens = True
-        elif self._has_prompt:  # an earlier call of `generate` passed the prompt and then raised
+        if self._expects_prompt:
+            self._expects_prompt = False
             return
-        self._has_prompt = True
-        if self._streamer is not None:
-            self._streamer.put(value)
+        self.has_tokens = True
+        if self._deliver is not None:
+            self._deliver(value.flatten().tolist())
 
     def end(self) -> None:
         pass
 
-    def finish(self) -> None:
-        if self._streamer is not None:
-            self._streamer.end()
 
+class AttachedEngine(EngineClient):
+    """An attached model as Transformers' handlers use it; `worker` runs its requests.
 
-class RequestModel:
-    """Wraps an attached model for one request, with its own `generate`; other attributes are the model's."""
+    `memory_of` gives the memory to draft from of the client with a key; `None` without memories.
+    """
 
-    def __init__(self, model: Any, exchange: Exchange, memory: SuffixMemory | None) -> None:
-        self._model, self._exchange, self._memory = model, exchange, memory
+    def __init__(
+        self,
+        name: str,
+        model: Any,
+        worker: ThreadPoolExecutor,
+        memory_of: Callable[[bytes, int], SuffixMemory] | None,
+    ) -> None:
+        super().__init__(name, ModelLoader())
+        self.model, self._worker, self._memory_of = model, worker, memory_of
+        self.generation_config = model.generation_config
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._model, name)
+    @property
+    def process_running(self) -> bool:
+        return True
 
-    def generate(self, *, streamer: Any = None, **arguments: Any) -> Tensor:
-        """Return prompt and answer `[1, s + t]`; if trees cannot be used, decode plainly or, in exact mode, raise."""
-        exchange, watch = self._exchange, _Watch(streamer, self._exchange.over)
+    async def _send_request(self, method: str, args: tuple[Any, ...], streamer: Any = None) -> list[int]:
+        """Return the tokens of an answer; with a `streamer`, deliver each as it comes."""
+        inputs, settings = args
+        _fit(settings, inputs["input_ids"].shape[1], self.model)
+        loop, exchange = asyncio.get_running_loop(), _exchange.get()
+
+        def deliver(tokens: list[int]) -> None:
+            try:
+                for token in tokens:
+                    streamer.put_token(token)
+            except _FAILURES as error:  # the tokens are no answer in the form of the model's template
+                exchange.fail(error)
+                exchange.over.set()
+
+        put = None if streamer is None else lambda tokens: loop.call_soon_threadsafe(deliver, tokens)
+        return await loop.run_in_executor(self._worker, self._answer, exchange, inputs, settings, put)
+
+    def _answer(
+        self, exchange: Exchange, inputs: Any, settings: dict[str, Any], put: Callable[[list[int]], Any] | None
+    ) -> list[int]:
+        watch = _Watch(put, exchange.over)
+        given = {
+            name: value.to(self.model.device) if torch.is_tensor(value) else value for name, value in inputs.items()
+        }
+        given |= {name: value for name, value in settings.items() if value is not None}
+        given |= {"tokenizer": self.processor, "return_dict_in_generate": True}
         try:
             watch.check()
-            sequences = self._answer(watch, arguments)
+            sequences = self._drafted_or_plain(exchange, watch, given)
         except _FAILURES as error:
-            exchange.status = 400 if isinstance(error, ValueError) else 500
-            exchange.error, exchange.ended = f"{type(error).__name__}: {error}", True
+            exchange.fail(error)
             raise
-        exchange.ended, exchange.prompt_tokens = True, arguments["input_ids"].shape[1]
-        exchange.emitted_tokens = sequences.shape[1] - exchange.prompt_tokens
-        watch.finish()
-        return sequences
+        length = exchange.prompt_tokens = inputs["input_ids"].shape[1]
+        exchange.ended, exchange.emitted_tokens = True, sequences.shape[1] - length
+        return cast(list[int], sequences[0, length:].tolist())
 
-    def _answer(self, watch: _Watch, arguments: dict[str, Any]) -> Tensor:
-        exchange = self._exchange
-        asked = getattr(arguments["generation_config"], "invariant", None)
-        is_invariant = asked or self._model.speculation_state.defaults.invariant
+    def _drafted_or_plain(self, exchange: Exchange, watch: _Watch, given: dict[str, Any]) -> Tensor:
+        """Return prompt and answer `[1, s + t]`; if trees cannot be used, decode plainly or, in exact mode, raise."""
+        is_invariant = given.get("invariant") or self.model.speculation_state.defaults.invariant
         if exchange.policy == "plain":
             exchange.plain_reason = "The request asks for it."
         else:
             try:
-                out = self._decode(watch, arguments, exchange.policy)
+                out = self._decode(exchange, watch, given, exchange.policy)
                 exchange.report = out.speculation
-                return out.sequences
+                return cast(Tensor, out.sequences)
             except ValueError as refusal:
                 if watch.has_tokens or is_invariant:  # plain decoding rounds differently
                     raise
                 exchange.plain_reason = str(refusal)
         plain = FixedPolicy(TreeShape.plain()) if is_invariant else "plain"
-        return self._decode(watch, arguments, plain).sequences
+        return cast(Tensor, self._decode(exchange, watch, given, plain).sequences)
 
-    def _decode(self, watch: _Watch, arguments: dict[str, Any], policy: Policy | str | None) -> Any:
-        if self._exchange.seed is not None:
-            torch.manual_seed(self._exchange.seed)
-        config = arguments["generation_config"]
-        config.return_dict_in_generate = True
-        beams = config.num_beams or self._model.generation_config.num_beams or 1
+    def _decode(self, exchange: Exchange, watch: _Watch, given: dict[str, Any], policy: Policy | str | None) -> Any:
+        if exchange.seed is not None:
+            torch.manual_seed(exchange.seed)
+        beams = given.get("num_beams") or self.generation_config.num_beams or 1
         added: dict[str, Any] = {"streamer": watch}
         if beams > 1:  # beam search takes no streamer
             added = {"stopping_criteria": StoppingCriteriaList([watch])}
-        if self._memory is not None and policy in (None, "auto"):
-            added["assistant_model"] = [*self._model.speculation_state.defaults.assistants, self._memory]
+        if self._memory_of is not None and exchange.caller and policy in (None, "auto"):
+            memory = self._memory_of(exchange.caller, id(self.model))
+            added["assistant_model"] = [*self.model.speculation_state.defaults.assistants, memory]
         watch.start()
-        out = self._model.generate(**arguments, **added, policy=policy)
+        out = self.model.generate(**given, **added, policy=policy)
         if beams > 1:
-            length = arguments["input_ids"].shape[1]
+            length = given["input_ids"].shape[1]
             watch.put(out.sequences[0, :length].cpu())
             watch.put(out.sequences[0, length:].cpu())
         return out
 
 
-class OneAtATime(utils.GenerateManager):
-    """Runs the requests to all models one by one in one thread, since they share the random generator and cores.
+def _positions(model: PreTrainedModel) -> int | None:
+    """Most positions of prompt and answer, if the configuration names them."""
+    most = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return most if isinstance(most, int) else None
+
+
+def _fit(settings: dict[str, Any], length: int, model: PreTrainedModel) -> None:
+    """Limit `max_new_tokens`, after a prompt of `length` tokens, to the model's remaining positions."""
+    limits = [limit - length for limit in (settings.pop("max_length", None), _positions(model)) if limit is not None]
+    asked = settings["max_new_tokens"]
+    settings["max_new_tokens"] = min(_DEFAULT_NEW_TOKENS if asked is None else asked, *limits)
+
+
+class AttachedModels(ModelManager):
+    """Loads and attaches the targets of the command line, once each, and serves no other models.
+
+    One thread answers the requests to all models one by one, since they share the random generator and cores;
+    `shutdown` waits for it. `heads` maps the name of each target to the name of its head. `served` are the names that
+    clients use for the targets, in the same order; empty for the targets' own names. `policy` is a name for
+    `load_policy`, `compile` and `invariant` are as in `attach`, and `loading` are keywords of `load_target`.
 
     If it `remembers`, it stores texts for later drafts in a memory for each API key and model, so that no caller
     drafts from others' texts. The most recently used memories are kept. Requests without a key have no memory.
-    """
-
-    def __init__(self, *, remembers: bool) -> None:
-        cast(Any, super()).__init__()
-        self._remembers = remembers
-        self._memory_of = lru_cache(_MOST_MEMORIES)(lambda caller, model: SuffixMemory())
-
-    def generate_streaming(
-        self, model: Any, processor: Any, inputs: Any, gen_config: Any, request_id: str, response_parser: Any = None
-    ) -> Any:
-        model = self._of_request(model, inputs, gen_config)
-        return super().generate_streaming(model, processor, inputs, gen_config, request_id, response_parser)
-
-    async def generate_non_streaming(
-        self, model: Any, processor: Any, inputs: Any, gen_config: Any, request_id: str
-    ) -> Any:
-        model = self._of_request(model, inputs, gen_config)
-        return await super().generate_non_streaming(model, processor, inputs, gen_config, request_id)
-
-    def _of_request(self, model: PreTrainedModel, inputs: Any, config: GenerationConfig) -> Any:
-        _fit(config, inputs["input_ids"].shape[1], model)
-        exchange = _exchange.get()
-        memory = self._memory_of(exchange.caller, id(model)) if self._remembers and exchange.caller else None
-        return RequestModel(model, exchange, memory)
-
-
-def _fit(config: GenerationConfig, length: int, model: PreTrainedModel) -> None:
-    """Limit `config.max_new_tokens`, after a prompt of `length` tokens, to the model's remaining positions."""
-    if not length:
-        raise HTTPException(400, "The prompt has no tokens. Write at least one word.")
-    if config.max_new_tokens is None:  # the server compares it with the answer's length, to report a cut
-        config.max_new_tokens = _DEFAULT_NEW_TOKENS if config.max_length is None else config.max_length - length
-    config.max_length = None
-    most = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if not isinstance(most, int):
-        return
-    if length >= most:
-        raise HTTPException(
-            400, f"The prompt has {length} tokens, but the model reads {most} with the answer. Send a shorter one."
-        )
-    config.max_new_tokens = min(config.max_new_tokens, most - length)
-
-
-class OneManager(utils.GenerationState):
-    """Makes Transformers' handlers use the same worker for all models."""
-
-    def __init__(self, manager: OneAtATime) -> None:
-        super().__init__()
-        self._manager = manager
-
-    def get_manager(self, *args: Any, **kwargs: Any) -> Any:
-        return self._manager
-
-
-class AttachedModels(model_manager.ModelManager):
-    """Loads and attaches the targets of the command line, once each, and serves no other models.
-
-    `heads` maps the name of each target to the name of its head. `served` are the names that clients use for the
-    targets, in the same order; empty for the targets' own names. `policy` is a name for `load_policy`, `compile` and
-    `invariant` are as in `attach`, and `loading` are keywords of `load_target`. `shutdown` waits for `worker`.
     """
 
     def __init__(
@@ -293,49 +285,39 @@ class AttachedModels(model_manager.ModelManager):
         policy: str | None,
         compile: Any,
         invariant: bool,
-        worker: OneAtATime,
+        remembers: bool,
         **loading: Any,
     ) -> None:
         super().__init__(model_timeout=-1)  # never unloaded
-        self.names = list(served or heads)
+        self.names, self.is_invariant = list(served or heads), invariant
         folders = Counter(PurePath(target).name for target in heads)
         # A request may name a target by its folder's name, if unique, by its own name, or by its served name
         self._targets = {folder: target for target in heads if folders[folder := PurePath(target).name] == 1}
         self._targets |= dict(zip(heads, heads, strict=True)) | dict(zip(self.names, heads, strict=True))
-        self._served = {self.process_model_name(target): (target, head) for target, head in heads.items()}
-        self._policy, self._compile, self._worker = policy, compile, worker
-        self.is_invariant, self._loading = invariant, loading
-        for name in self._served:
-            self.load_model_and_processor(name)
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="generate")
+        memory_of = lru_cache(_MOST_MEMORIES)(lambda caller, model: SuffixMemory()) if remembers else None
+        for name, head_name in heads.items():
+            target = load_target(name, **loading)
+            head = load_source(head_name, target)
+            defaults: dict[str, Any] = {"compile": compile, "invariant": invariant or None}
+            model = attach(target, assistant_model=head, policy=load_policy(policy, head), **defaults)
+            if invariant:  # raises now if the mode does not support the model
+                token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+                model.generate(token, attention_mask=torch.ones_like(token), max_new_tokens=1, invariant=True)
+            self.engines[name] = AttachedEngine(name, model, self._worker, memory_of)
 
-    def load_model_and_processor(self, model_id_and_revision: str, *args: Any, **kwargs: Any) -> Any:
-        if model_id_and_revision not in self._served:
-            raise ValueError(f"{model_id_and_revision!r} is not served here. Ask for one of {self.names}.")
-        return super().load_model_and_processor(model_id_and_revision, *args, **kwargs)
-
-    def _load_model(self, model_id_and_revision: str, *args: Any, **kwargs: Any) -> Any:
-        name, head_name = self._served[model_id_and_revision]
-        target = load_target(name, **self._loading)
-        head = load_source(head_name, target)
-        defaults: dict[str, Any] = {"compile": self._compile, "invariant": self.is_invariant or None}
-        model = attach(target, assistant_model=head, policy=load_policy(self._policy, head), **defaults)
-        if self.is_invariant:  # raises now if the mode does not support the model
-            token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
-            model.generate(token, attention_mask=torch.ones_like(token), max_new_tokens=1, invariant=True)
-        return model
-
-    def target_of(self, name: Any) -> str:
-        """Return the target that a request asks for as `name`, which may be `None` if only one target is served."""
-        if name is None and len(self.names) == 1:
-            name = self.names[0]
-        if not isinstance(name, str) or name not in self._targets:
-            raise HTTPException(404, f"The model {name!r} is not served here. Ask for one of {self.names}.")
-        return self._targets[name]
+    def get_engine(self, model: Any) -> AttachedEngine:
+        """Return the engine of a target as a request names it; `None` is enough if only one target is served."""
+        if model is None and len(self.names) == 1:
+            model = self.names[0]
+        if not isinstance(model, str) or model not in self._targets:
+            raise HTTPException(404, f"The model {model!r} is not served here. Ask for one of {self.names}.")
+        engine = cast(AttachedEngine, copy.copy(self.engines[self._targets[model]]))
+        engine.model_id = model  # answers have the name that was asked for
+        return engine
 
     def list_models(self, *args: Any, **kwargs: Any) -> list[dict[str, Any]]:
         return [{"id": name, "object": "model", "created": 0, "owned_by": "resps"} for name in self.names]
-
-    get_gen_models = list_models  # type: ignore[assignment]  # its name before Transformers 5.24
 
     def shutdown(self) -> None:
         self._worker.submit(int).result(timeout=_SHUTDOWN_SECONDS)  # all requests before this one have ended then
@@ -370,6 +352,8 @@ _READ = frozenset(("generation_config", "model", "seed", "stream", "temperature"
 _SAMPLING = frozenset(("frequency_penalty", "max_tokens", "stop"))  # only chats and completions read these
 _LENGTHS = {"max_tokens", "max_completion_tokens", "max_output_tokens"}
 _TEXTS = ("text", "input_text", "output_text")  # types of the text parts of a message
+# Names of `generation_config`: other arguments of `generate` could make it load files
+_SETTINGS = {name for name in vars(GenerationConfig()) if not name.startswith("_")} | {"invariant", "policy"}
 
 
 class _Handler(utils.BaseHandler):
@@ -383,7 +367,9 @@ class _Handler(utils.BaseHandler):
         try:
             return await cast(Any, super()).handle_request(body, request_id)
         except ClientLeftError:
-            return Response(status_code=_CLIENT_LEFT)
+            if exchange.error is None:
+                return Response(status_code=_CLIENT_LEFT)
+            raise HTTPException(exchange.status, exchange.error) from None
         except _FAILURES as error:
             if exchange.error is not None:
                 raise HTTPException(exchange.status, exchange.error) from error
@@ -407,13 +393,8 @@ class _Handler(utils.BaseHandler):
         if isinstance(biases := body.get("logit_bias"), dict):  # `generate` takes floats only
             body["logit_bias"] = {token: float(bias) for token, bias in biases.items()}
         body.setdefault("stream", False)  # OpenAI's default; Transformers would stream responses
-
-    def _resolve_model(self, body: dict[str, Any]) -> Any:
-        asked = body.get("model")
-        body["model"] = target = cast(AttachedModels, self.model_manager).target_of(asked)
-        _, model, processor = super()._resolve_model(body)
-        self._check_tools(body, str(getattr(processor, "chat_template", None)))
-        return asked or target, model, processor
+        engine = self.model_manager.get_engine(body.get("model"))
+        self._check_tools(body, str(getattr(engine.processor, "chat_template", None)))
 
     def _check_tools(self, body: dict[str, Any], template: str) -> None:
         """Raise if the request has tools or tool calls that the chat template would ignore."""
@@ -437,31 +418,42 @@ class _Handler(utils.BaseHandler):
                     raise HTTPException(400, told)
         return read(messages, modality)
 
-    def _build_generation_config(self, body: dict[str, Any], *args: Any, **kwargs: Any) -> GenerationConfig:
+    def _check_prompt_length(self, engine: Any, inputs: Any) -> None:
+        length, most = inputs["input_ids"].shape[1], _positions(engine.model)
+        if not length:
+            raise HTTPException(400, "The prompt has no tokens. Write at least one word.")
+        if most is not None and length >= most:
+            raise HTTPException(
+                400, f"The prompt has {length} tokens, but the model reads {most} with the answer. Send a shorter one."
+            )
+
+    def _build_generation_kwargs(self, body: dict[str, Any], *args: Any) -> dict[str, Any]:
         exchange = _exchange.get()
-        seed = body.pop("seed", None)  # Transformers would set the seed while another request draws
+        seed = body.pop("seed", None)  # Transformers takes other seeds
         if seed is not None and not (isinstance(seed, int) and -(2**63) <= seed < 2**64):
             raise HTTPException(400, f"`seed` is {seed!r}, but must be an integer of 64 bits.")
         exchange.seed = seed
-        if isinstance(body.get("generation_config"), dict):  # Transformers expects a JSON string
-            body["generation_config"] = json.dumps(body["generation_config"])
-        config = super()._build_generation_config(body, *args, **kwargs)
-        if config.temperature is not None and not config.temperature >= 0:  # unchecked by `generate` if greedy
-            raise HTTPException(
-                400, f"The temperature is {config.temperature}. Write 0 for greedy, or a number above 0."
-            )
+        asked = body.get("generation_config")
+        if isinstance(asked, dict):  # Transformers expects a JSON string
+            body["generation_config"] = json.dumps(asked)
+        settings = cast(dict[str, Any], super()._build_generation_kwargs(body, *args))
+        if asked is not None and (unknown := json.loads(body["generation_config"]).keys() - _SETTINGS):
+            raise HTTPException(400, f"`generation_config` has no {sorted(unknown)}. Leave it out.")
+        temperature = settings.get("temperature")
+        if temperature is not None and not temperature >= 0:  # unchecked by `generate` if greedy
+            raise HTTPException(400, f"The temperature is {temperature}. Write 0 for greedy, or a number above 0.")
         if (body.get("temperature") or 0) > 0:  # Transformers would leave a greedy model greedy
-            config.do_sample = True
-        if getattr(config, "invariant", None) is False and cast(AttachedModels, self.model_manager).is_invariant:
+            settings["do_sample"] = True
+        if settings.get("invariant") is False and cast(AttachedModels, self.model_manager).is_invariant:
             told = "`invariant` is False, but this server answers every request in the invariant mode. Leave it out."
             raise HTTPException(400, told)
-        policy = vars(config).pop("policy", None)
+        policy = settings.pop("policy", None)
         exchange.policy = exchange.policy or _checked_policy(policy)
-        if (config.num_return_sequences or 1) > 1:
+        if (settings.get("num_return_sequences") or 1) > 1:
             raise HTTPException(
                 400, "`num_return_sequences` above 1 is not supported. Send the request again for more."
             )
-        return config
+        return settings
 
     async def _non_streaming(self, *args: Any, **kwargs: Any) -> JSONResponse:
         answer: Response = await cast(Any, super())._non_streaming(*args, **kwargs)
@@ -618,9 +610,9 @@ class Door:
 _DROPPED = ("/v1/systemone", "/v1/audio/transcriptions", "/reset")  # routes for other models and for unloading
 
 
-def build_app(models: AttachedModels, worker: OneAtATime) -> ASGIApp:
-    """Make the ASGI application that serves `models`; `worker` runs each request."""
-    state, figures = OneManager(worker), Counter(dict.fromkeys(list(_FIGURES)[1:], 0))
+def build_app(models: AttachedModels) -> ASGIApp:
+    """Make the ASGI application that serves `models`."""
+    state, figures = models.generation_state, Counter(dict.fromkeys(list(_FIGURES)[1:], 0))
     app: FastAPI = server.build_server(
         models,
         ChatHandler(models, state),
@@ -628,7 +620,6 @@ def build_app(models: AttachedModels, worker: OneAtATime) -> ASGIApp:
         response_handler=ResponseHandler(models, state),
         transcription_handler=cast(Any, None),  # these routes are dropped
         systemone_handler=cast(Any, None),
-        generation_state=state,
     )
     app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) not in _DROPPED]
 
@@ -647,35 +638,31 @@ def build_app(models: AttachedModels, worker: OneAtATime) -> ASGIApp:
     return Door(app, figures)
 
 
-# Functions of Transformers' server that this module calls or overrides -> their parameters in 5.20 to 5.24. A list
-# that begins with dots names only the parameters used here.
+# Functions of Transformers' server that this module calls or overrides -> their parameters in 5.25. A list that
+# begins with dots names only the parameters used here.
 RELIED_ON = {
     server.build_server: "model_manager chat_handler completion_handler response_handler transcription_handler "
-    "systemone_handler generation_state enable_cors",
-    model_manager.ModelManager.__init__: "... model_timeout",
-    model_manager.ModelManager.process_model_name: "model_id",
-    model_manager.ModelManager.load_model_and_processor: "self model_id_and_revision progress_callback tqdm_class "
-    "gguf_file",
-    model_manager.ModelManager._load_model: "self model_id_and_revision tqdm_class progress_callback gguf_file",
-    model_manager.ModelManager.shutdown: "self",
-    utils.GenerationState.__init__: "self continuous_batching compile cb_config",
-    utils.GenerationState.get_manager: "self model_id use_cb",
-    utils.GenerateManager.__init__: "self",
-    utils.GenerateManager.generate_streaming: "self model processor inputs gen_config request_id response_parser",
-    utils.GenerateManager.generate_non_streaming: "self model processor inputs gen_config request_id",
-    utils.GenerateManager.submit: "self fn args kwargs",
+    "systemone_handler enable_cors",
+    EngineClient.__init__: "... model_id loader",
+    EngineClient._send_request: "self method args streamer",
+    EngineClient.generate_non_streaming: "self inputs generation_kwargs",
+    EngineClient.generate_streaming: "self inputs generation_kwargs response_parser",
+    ModelManager.__init__: "... model_timeout",
+    ModelManager.get_engine: "self model",
+    ModelManager.shutdown: "self",
+    utils.Detokenizer.put_token: "self token_id",
     utils.BaseHandler.__init__: "self model_manager generation_state chat_template_kwargs",
     utils.BaseHandler._validate_request: "self body",
-    utils.BaseHandler._resolve_model: "self body",
+    utils.BaseHandler._check_prompt_length: "self engine inputs",
     utils.BaseHandler.get_processor_inputs_from_messages: "messages modality",
-    utils.BaseHandler._build_generation_config: "self body model_generation_config use_cb",
+    utils.BaseHandler._build_generation_kwargs: "self body model_generation_config",
     **{
         getattr(handler, method): parameters
         for handler in (chat_completion.ChatCompletionHandler, completion.CompletionHandler, response.ResponseHandler)
         for method, parameters in {
             "handle_request": "self body request_id",
-            "_streaming": "... request_id model inputs gen_config",
-            "_non_streaming": "... request_id model inputs gen_config",
+            "_streaming": "... request_id engine inputs generation_kwargs",
+            "_non_streaming": "... request_id engine inputs generation_kwargs",
         }.items()
     },
 }
@@ -688,6 +675,5 @@ def check_release() -> None:
         if not set(rest) <= set(taken) if first == "..." else taken != [first, *rest]:
             raise ValueError(
                 f"The server of Transformers {transformers.__version__} is not one that `resps serve` knows: "
-                f"`{relied.__qualname__}` takes ({' '.join(taken)}), not ({parameters}). Install Transformers 5.20 to "
-                "5.24."
+                f"`{relied.__qualname__}` takes ({' '.join(taken)}), not ({parameters}). Install Transformers 5.25."
             )
