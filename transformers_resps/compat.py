@@ -16,6 +16,7 @@ from packaging.version import Version
 
 
 if TYPE_CHECKING:  # `resps --help` loads this module: torch takes seconds
+    import torch
     from torch import Tensor, nn
     from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
@@ -59,6 +60,8 @@ class CacheLayer(Protocol):
     values: "Tensor"
     sliding_window: int
     cumulative_length: int
+    cumulative_length_linear: "Tensor"
+    device: "torch.device | None"
     has_previous_state: dict[int, bool]
 
     def get_seq_length(self) -> int: ...

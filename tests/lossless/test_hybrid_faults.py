@@ -105,7 +105,7 @@ def test_a_call_that_was_interrupted_leaves_the_model_as_it_was_and_a_cache_to_g
     with compiled_as_it_is(), pytest.raises(KeyboardInterrupt):
         target.generate(prompt, assistant_model=head, policy=policy, max_new_tokens=14, **options)
     assert hooks_and_settings(target) == before
-    kept = cache.get_seq_length()
+    kept = int(cache.get_seq_length())
     assert prompt.shape[1] <= kept < prompt.shape[1] + uses
     found = answer(target, whole[:, : kept + 1], max_new_tokens=4, **{CACHE_KEYWORD: cache})
     assert found.sequences.tolist() == whole[:, : kept + 5].tolist()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import Cache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from ..compat import CacheLayer, cache_layers
 
@@ -221,7 +221,16 @@ def crop_to(cache: Cache, length: int) -> None:
 
 def cached_length(cache: Cache) -> int:
     """Return the number of positions that the cache has seen; sliding layers may have dropped some of them."""
-    return int(cache.get_seq_length())
+    layers = getattr(cache, "layers", ())
+    counting: Any = next((layer for layer in layers if isinstance(layer, CacheLayerMixin)), cache)
+    return int(counting.get_seq_length())
+
+
+def count_tokens(cache: Cache, length: int) -> None:
+    """Set the number of tokens that recurrent layers have read: since Transformers 5.25 each layer counts them."""
+    for layer in cache_layers(cache):
+        if hasattr(layer, "cumulative_length_linear"):
+            layer.cumulative_length_linear = torch.tensor(length, device=layer.device)
 
 
 def crop(cache: Cache, count: int) -> None:
@@ -318,6 +327,7 @@ def copied_row(cache: Cache, row: int, length: int) -> Cache:
     """Copy a row, which ends after `length` positions, to a new cache with Transformers' layers."""
     copied = copy.copy(cache)
     copied.layers = [_copied_row(layer, row, length) for layer in cache_layers(cache)]
+    count_tokens(copied, length)
     stop_recording(copied)
     return copied
 

@@ -350,6 +350,12 @@ class WholeTreeCache(Cache):
     def is_recording_past(self, layer_idx: int) -> bool:
         return False
 
+    def get_recurrent_states_to_keep(self, layer_idx: int | None = None) -> int:
+        return 0
+
+    def increase_count(self, layer_idx: int, state_idx: int) -> None:
+        pass
+
 
 class StateKinds:
     """Groups recurrent layers with states of equal sizes, to advance the states of a group together.

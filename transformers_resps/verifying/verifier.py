@@ -11,7 +11,15 @@ from torch import Tensor
 from transformers import Cache
 
 from ..tree import DraftTree, Pricing
-from .cache import cached_length, check_cache, copied_row, crop_to, record_windows, restore_stock_layers
+from .cache import (
+    cached_length,
+    check_cache,
+    copied_row,
+    count_tokens,
+    crop_to,
+    record_windows,
+    restore_stock_layers,
+)
 from .forward import Features, TargetForward
 from .returned import EndedRow
 from .rows import RowEnds
@@ -168,6 +176,7 @@ class Verifier(ABC):
         """Remove all but kept entries from the cache, and restore Transformers' layers, so that it can be reused."""
         if not self._is_unsettled:  # else all entries stay, since their number is unknown
             crop_to(self.forward.cache, self.length)
+            count_tokens(self.forward.cache, self.length)
         restore_stock_layers(self.forward.cache)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import Cache
 
 from ...tree import DraftTree, Pricing, moved
-from ..cache import copied_row, window_of
+from ..cache import copied_row, count_tokens, window_of
 from ..forward import Features, TargetForward
 from ..hybrids import is_recurrent
 from ..masks import AttentionPattern, additive
@@ -108,6 +108,7 @@ class SlotVerifier(Verifier):
         states = self._steps.states
         if states is not None:
             states.kinds.give_back(states.tensors, cache, rows)
+            count_tokens(cache, length)
 
     def unread_cache(self) -> Cache | None:
         """See `Verifier.unread_cache`. A cache that is not read is filled before a call overwrites the buffers."""
