@@ -19,9 +19,9 @@ from transformers import (
     BartForConditionalGeneration,
     CompileConfig,
     DynamicCache,
-    FalconConfig,
-    FalconForCausalLM,
     GenerationConfig,
+    GPTNeoXJapaneseConfig,
+    GPTNeoXJapaneseForCausalLM,
     MaxTimeCriteria,
     PreTrainedModel,
     StaticCache,
@@ -83,10 +83,10 @@ def encoder_decoder() -> PreTrainedModel:
     return BartForConditionalGeneration(BartConfig(vocab_size=19, d_model=8, **layers)).eval()
 
 
-def falcon() -> PreTrainedModel:
-    """It calls PyTorch's attention itself."""
-    config = FalconConfig(vocab_size=19, hidden_size=8, num_hidden_layers=1, num_attention_heads=2)
-    return FalconForCausalLM(config).eval()
+def gpt_neox_japanese() -> PreTrainedModel:
+    """It computes its attention itself."""
+    config = GPTNeoXJapaneseConfig(vocab_size=19, hidden_size=8, num_hidden_layers=1, num_attention_heads=2)
+    return GPTNeoXJapaneseForCausalLM(config).eval()
 
 
 def compiled_in_place(part: Callable[[Any], nn.Module]) -> PreTrainedModel:
@@ -124,7 +124,7 @@ TARGETS: dict[str, tuple[Callable[[], PreTrainedModel], str]] = {
         "rope_type 'longrope', whose frequencies depend on the longest row",
     ),
     "eager attention": (lambda: named("llama", "eager"), r"attn_implementation='eager'.*set_attn_impl"),
-    "an attention of its own": (falcon, "does not ask .* `AttentionInterface`"),
+    "an attention of its own": (gpt_neox_japanese, "does not ask .* `AttentionInterface`"),
     "soft caps": (lambda: named("gemma2", "eager"), "attn_logit_softcapping"),
     "position biases": (
         lambda: changed("model.layers.0.self_attn", relative_attention_bias=nn.Embedding(4, 4)),

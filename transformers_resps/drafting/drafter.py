@@ -71,6 +71,11 @@ class Drafter(CandidateGenerator, ABC):
     def observe(self, committed: Committed) -> None:
         """Receive tokens that were added to the text. The loop calls this after the prompt and after each step."""
 
+    @property
+    def num_drafting_tokens(self) -> int:
+        """Most tokens that `get_candidates` drafts."""
+        return min(self.chain_length, self.most_levels or self.chain_length)
+
     def get_candidates(
         self, input_ids: Tensor, *, model_outputs: Any = None, **kwargs: Any
     ) -> tuple[torch.LongTensor, Any]:
@@ -83,7 +88,7 @@ class Drafter(CandidateGenerator, ABC):
         tokens = input_ids[:, self._told :]
         self.observe(Committed(tokens, self._features(model_outputs, tokens.shape[1])))
         self._told = input_ids.shape[1]
-        depth = min(self.chain_length, self.most_levels or self.chain_length)
+        depth = self.num_drafting_tokens
         pool = self.draft(input_ids, DraftRequest(TreeShape(depth + 1, depth, 1, lookup=depth))).on_host()
         chain = input_ids.new_tensor([_best_path(pool)], dtype=torch.long)
         return cast(torch.LongTensor, torch.cat([input_ids, chain], dim=1)), None

@@ -63,7 +63,10 @@ _STATEFUL_TYPES = RECURRENT_TYPES | HYBRID_TYPES.keys()
 
 
 def is_recurrent(model: PreTrainedModel) -> bool:
-    """Whether the target has recurrent layers, whose state cannot be rolled back."""
+    """Whether the target has recurrent layers, whose state cannot be rolled back.
+
+    Since Transformers 5.25 only layer types tell it.
+    """
     return bool(getattr(model, "_is_stateful", False) or layer_types(model) & _STATEFUL_TYPES)
 
 

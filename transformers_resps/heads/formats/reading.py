@@ -441,7 +441,8 @@ def draft_offsets(tensors: dict[str, Tensor], rows: int, vocab_size: int, source
 
 _LOADING = {
     *("adapter_kwargs", "attn_implementation", "config", "device_map", "dtype", "low_cpu_mem_usage", "max_memory"),
-    *("offload_folder", "quantization_config", "state_dict", "torch_dtype", "trust_remote_code", "use_safetensors"),
+    *("offload_folder", "proxies", "quantization_config", "state_dict", "torch_dtype", "trust_remote_code"),
+    *("use_safetensors",),
 }
 
 
