@@ -71,6 +71,11 @@ class UnrolledEntries(Entries):
     def _next_level(self, queries: Tensor, kept: list[tuple[Tensor, Tensor]]) -> Tensor:
         """Compute each query's attention to the text up to its position, and to its own keys of levels 1 to k."""
         (true_keys, *own_keys), (true_values, *own_values) = zip(*kept, strict=True)
+        if queries.device.type == "cpu":  # other devices' fused attention does not return the sum of weights
+            dtype = true_values.dtype  # under autocast, rotated states are in float32
+            added = torch.zeros_like(self._sees, dtype=dtype).masked_fill(~self._sees, float("-inf"))
+            parts = queries, true_keys, true_values, torch.stack(own_keys), torch.stack(own_values)
+            return cast(Tensor, _FusedLevel.apply(*(part.to(dtype) for part in parts), added))  # type: ignore[no-untyped-call]  # untyped upstream
         batch, heads, length, width = queries.shape
         groups = true_keys.shape[1]
         grouped = queries.reshape(batch, groups, heads // groups, length, width) * width**-0.5
@@ -83,6 +88,54 @@ class UnrolledEntries(Entries):
         for index, own in enumerate(own_values):
             attended = attended + weights[..., total + index, None] * own[:, :, None]
         return attended.reshape(batch, heads, length, width)
+
+
+class _FusedLevel(torch.autograd.Function):
+    """`UnrolledEntries._next_level` without the matrix of scores: fused attention to the text, then the own keys.
+
+    The fused backward function computes weights from the logarithm of their sum. Given that of all keys, its gradients
+    are those of one softmax over all keys, as in ring attention (arXiv 2310.01889, section 3).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, queries: Tensor, keys: Tensor, values: Tensor, own_keys: Tensor, own_values: Tensor, added: Tensor
+    ) -> Tensor:
+        """Attend to `keys` `[b, kv heads, t, hd]`, masked by `added`, and to `own_keys` `[k, b, kv heads, q, hd]`."""
+        of_text, text_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            queries, keys, values, attn_mask=added
+        )
+        grouped, exact = _grouped(queries, keys), text_sum.dtype  # float32 at least
+        scores = (grouped * own_keys[:, :, :, None]).sum(-1, dtype=exact) * queries.shape[-1] ** -0.5
+        text_sum = text_sum.unflatten(1, grouped.shape[1:3])
+        total = torch.cat([scores, text_sum[None]]).logsumexp(0)  # [b, kv heads, group, q]
+        weights = (scores - total).exp()[..., None]
+        attended = _grouped(of_text, keys) * (text_sum - total).exp()[..., None]
+        attended = (attended + (weights * own_values[:, :, :, None]).sum(0)).to(queries.dtype).flatten(1, 2)
+        ctx.save_for_backward(
+            queries, keys, values, own_keys, own_values, added, attended, total.flatten(1, 2), weights
+        )
+        return attended
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
+        queries, keys, values, own_keys, own_values, added, attended, total, weights = ctx.saved_tensors
+        of_queries, of_keys, of_values = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            slope, queries, keys, values, attended, total, 0.0, False, attn_mask=added
+        )
+        slopes, grouped = _grouped(slope, keys), _grouped(queries, keys)
+        mean = (slopes * _grouped(attended, keys)).sum(-1, keepdim=True, dtype=total.dtype)
+        of_scores = (slopes * own_values[:, :, :, None]).sum(-1, keepdim=True, dtype=total.dtype) - mean
+        of_scores = of_scores * weights * queries.shape[-1] ** -0.5  # [k, b, kv heads, group, q, 1]
+        of_queries = of_queries + (of_scores * own_keys[:, :, :, None]).sum(0).flatten(1, 2)
+        of_own_keys, of_own_values = (grouped * of_scores).sum(3), (slopes * weights).sum(3)
+        grads = of_queries, of_keys, of_values, of_own_keys, of_own_values
+        return *(grad.to(slope.dtype) for grad in grads), None
+
+
+def _grouped(states: Tensor, keys: Tensor) -> Tensor:
+    """Group heads by the key head that they read: `[b, heads, q, hd]` -> `[b, kv heads, group, q, hd]`."""
+    return states.unflatten(1, (keys.shape[1], -1))
 
 
 def unroll(
