@@ -67,7 +67,7 @@ def train_jobs() -> list[Job]:
     return [
         Job(
             f"python {ROOT}/training/generate_dataset.py --target {TARGET} --prompts prompts.jsonl "
-            "--output answers.jsonl --max-new-tokens 24 --limit 6"
+            "--output answers.jsonl --max-new-tokens 24 --limit 6 --compile never"
         ),
         Job(
             f"python {ROOT}/training/train_head.py --config {ROOT}/training/recipes/head.yaml --target {TARGET} "

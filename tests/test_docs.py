@@ -40,7 +40,7 @@ QUICKLY = {
     "resps serve": "--port 0 --dtype float32",
     "resps inspect": "--dtype float32 --max-new-tokens 6",
     "benchmark.py": "--limit 1 --max-new-tokens 6 --repeats 1 --dtype float32 --accept-noise",
-    "generate_dataset.py": "--max-new-tokens 6 --limit 4",
+    "generate_dataset.py": "--max-new-tokens 6 --limit 4 --compile never",
     "train_head.py": "--max_steps 2 --ttt_steps 2 --tokens_per_batch 64 --draft_vocab_size 12 --eval_conversations 1 "
     "--eval_strategy no --save_steps 2 --bf16 False --feature_cache_dir features --warmup_steps 0 "
     "--lr_scheduler_type linear --lr_scheduler_kwargs {}",

@@ -4,7 +4,8 @@ r"""Let the target answer prompts, to get the training data of a draft head.
         --output work/answers.jsonl --limit 4000 --temperatures 0 0 0.8
 
 Writes one conversation per line (`messages`, `temperature`, `finished`, `prompt_id`) and `OUTPUT.provenance.json`.
-If it is interrupted, the same command continues. So does a command with more prompts, but not one with other settings.
+Answers that repeat themselves without end go to `OUTPUT.repeats.jsonl`. If it is interrupted, the same command
+continues. So does a command with more prompts, but not one with other settings.
 
 Prompts of similar length are decoded together. Greedy batches decode with `policy="auto"`: every row advances on its
 own, rows that ended leave the batch, and drafts are verified where they cost less than they give, which is in small
@@ -38,7 +39,7 @@ from transformers import AutoTokenizer
 from transformers.utils.logging import tqdm
 
 from runs.command_line import run
-from transformers_resps import DraftHead, attach
+from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
 from transformers_resps.data import Conversation, load_conversations
 from transformers_resps.generation.output import end_ids, left_padded, sampling, up_to_end
 from transformers_resps.telemetry.display import moving
@@ -46,6 +47,7 @@ from transformers_resps.tools.loading import load_target
 from transformers_resps.trainers.loading import context_of
 
 
+_LONGEST_PIECE = 32  # tokens that a repeating answer repeats
 DECIDES_ANSWERS = ("target", "temperatures", "max_new_tokens", "dtype", "seed")
 Asked = TypeVar("Asked")
 
@@ -83,14 +85,29 @@ def read_prompts(
 
 
 def finished_ids(output: Path) -> set[str]:
-    """List the prompts that are answered already; removes an incomplete last line."""
-    if not output.exists():
-        return set()
-    text = output.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        output.write_text(whole, encoding="utf-8")
-    return {json.loads(line)["prompt_id"] for line in whole.split("\n") if line}  # texts hold other line separators
+    """List the prompts that are answered already, in either file; removes an incomplete last line."""
+    found = set[str]()
+    for file in (output, repeats_of(output)):
+        text = file.read_text(encoding="utf-8") if file.exists() else ""
+        whole = text[: text.rfind("\n") + 1]
+        if whole != text:
+            file.write_text(whole, encoding="utf-8")
+        found |= {json.loads(line)["prompt_id"] for line in whole.split("\n") if line}  # texts have other separators
+    return found
+
+
+def repeats_of(output: Path) -> Path:
+    """The file of the answers that repeat themselves."""
+    return output.with_suffix(".repeats.jsonl")
+
+
+def repeats_itself(tokens: Sequence[int]) -> bool:
+    """Whether an answer ends with the same piece of up to 32 tokens four times or more, at least 24 tokens in all."""
+    for size in range(1, _LONGEST_PIECE + 1):
+        end = max(4 * size, 24)
+        if len(tokens) >= end and tokens[-end + size :] == tokens[-end:-size]:
+            return True
+    return False
 
 
 def batches(
@@ -126,7 +143,9 @@ def answer(
     At temperature 0 each answer is the one that plain `generate` gives to its prompt alone, exactly in float32.
     """
     ids, mask = left_padded([torch.tensor(prompt, device=model.device) for prompt in prompts])
-    drafting = {"policy": "auto", "assistant_model": head} if temperature == 0 else {"policy": "plain"}
+    drafting = (
+        {"policy": "auto", "assistant_model": head} if temperature == 0 else {"policy": FixedPolicy(TreeShape.plain())}
+    )
     ends = end_ids(model)
     torch.manual_seed(seed)
     written = model.generate(
@@ -159,6 +178,7 @@ def rows_of(
             "temperature": temperature,
             "finished": token_ids[-1] in eos_ids,
             "tokens": len(token_ids),
+            "repeats": repeats_itself(token_ids),
             "messages": [*prompt.messages, {"role": "assistant", "content": text}],
         }
 
@@ -181,6 +201,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--head", help="folder or Hub id of a draft head; pays with batches of a few prompts")
     parser.add_argument("--dtype", default="auto", help="a torch dtype name, or auto")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--compile",
+        choices=("auto", "always", "never"),
+        default="auto",
+        help="auto: run compiled code once another process has made it",
+    )
     parser.add_argument("--seed", type=int, default=0)
     return parser
 
@@ -277,6 +303,7 @@ def write_answers(
     print(f"Answering {len(prompts)} prompts in {len(groups)} batches; {before} are answered already.", flush=True)
     with (
         args.output.open("a", encoding="utf-8") as output,
+        repeats_of(args.output).open("a", encoding="utf-8") as repeats,
         PromptProgress(len(prompts), before, is_terminal=sys.stderr.isatty()) as progress,
     ):
         for number, (temperature, group) in enumerate(groups):
@@ -286,8 +313,10 @@ def write_answers(
             with progress.watch(model, len(todo), args.max_new_tokens):
                 made = rows_of(model, head, tokenizer, todo, temperature, args.max_new_tokens, args.seed + number)
                 rows = list(made)
-            output.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            for row in rows:
+                (repeats if row.pop("repeats") else output).write(json.dumps(row, ensure_ascii=False) + "\n")
             output.flush()
+            repeats.flush()
             progress.add(len(rows), sum(row["tokens"] for row in rows))
 
 
@@ -295,7 +324,8 @@ def main() -> None:
     args = make_parser().parse_args()
     check_provenance(args)
     tokenizer = AutoTokenizer.from_pretrained(args.target)
-    model = attach(load_target(args.target, args.dtype, args.device, packed=True))
+    compile = {"auto": "auto", "always": True, "never": None}[args.compile]
+    model = attach(load_target(args.target, args.dtype, args.device, packed=True), compile=compile)
     head = DraftHead.from_pretrained(args.head, target=model) if args.head else None
     asked, answered, context = args.max_prompt_tokens, args.max_new_tokens, context_of(model)
     if asked + answered > context:

@@ -21,6 +21,22 @@ def test_a_line_cut_off_by_a_kill_is_written_anew(tmp_path):
     assert output.read_text(encoding="utf-8") == whole
 
 
+@pytest.mark.parametrize(
+    ("answer", "repeats"),
+    [
+        ([5] * 24, True),
+        ([5] * 23, False),
+        ([9] * 9 + [1, 2, 3, 4, 5, 6, 7] * 4, True),
+        ([1, 2, 3, 4, 5, 6, 7] * 3 + [1, 2, 3, 4, 5, 6], False),
+        ([1, 2, 3] * 8 + [4], False),  # it went on
+        (list(range(33)) * 5, False),
+        ([], False),
+    ],
+)
+def test_an_answer_that_ends_with_a_piece_four_times_repeats_itself(answer: list[int], repeats: bool) -> None:
+    assert generate_dataset.repeats_itself(answer) is repeats
+
+
 def test_answers_made_otherwise_are_not_added_to_a_file(tmp_path):
     output = tmp_path / "answers.jsonl"
 
@@ -74,7 +90,8 @@ def asked(tmp_path, monkeypatch):
 
     def run(*options, output="out.jsonl"):
         given = ["--target", tmp_path / "target", "--prompts", tmp_path / "rows.jsonl", "--output", tmp_path / output]
-        given += ["--max-new-tokens", 8, "--max-prompt-tokens", 20, "--device", "cpu", "--dtype", "float32", *options]
+        given += ["--max-new-tokens", 8, "--max-prompt-tokens", 20, "--device", "cpu", "--dtype", "float32"]
+        given += ["--compile", "never", *options]
         monkeypatch.setattr(sys, "argv", ["generate_dataset.py", *map(str, given)])
         generate_dataset.main()
         return [json.loads(line) for line in (tmp_path / output).read_text().splitlines()]
@@ -102,6 +119,16 @@ def test_a_stopped_run_goes_on_with_the_answers_of_a_whole_one(asked, tmp_path, 
         asked("--batch-size", "3", output="again.jsonl")
     assert asked("--batch-size", "3", output="again.jsonl") == whole
     assert asked("--batch-size", "3", output="again.jsonl") == whole and len(calls) == 3 + 3
+
+
+def test_answers_that_repeat_themselves_are_kept_apart_and_not_asked_for_again(asked, tmp_path, monkeypatch):
+    whole = {row["prompt_id"] for row in asked("--batch-size", "3")}
+    monkeypatch.setattr(generate_dataset, "repeats_itself", lambda tokens: tokens[0] % 2 == 0)
+    kept = {row["prompt_id"] for row in asked("--batch-size", "3", output="some.jsonl")}
+    apart = (tmp_path / "some.repeats.jsonl").read_text().splitlines()
+    assert kept and len(apart) == 12 - len(kept) > 0
+    assert kept | {json.loads(line)["prompt_id"] for line in apart} == whole
+    assert len(asked("--batch-size", "3", output="some.jsonl")) == len(kept)
 
 
 def test_without_a_terminal_each_batch_is_a_line(asked, capsys):
