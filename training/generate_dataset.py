@@ -30,6 +30,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -39,6 +40,7 @@ from transformers import AutoTokenizer
 from transformers.utils.logging import tqdm
 
 from runs.command_line import run
+from runs.hours import AnsweringTicks
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
 from transformers_resps.data import Conversation, load_conversations
 from transformers_resps.generation.output import end_ids, left_padded, sampling, up_to_end
@@ -278,6 +280,11 @@ class PromptProgress:
     def __exit__(self, *exception: object) -> None:
         self._bar.close()
 
+    @property
+    def is_over(self) -> bool:
+        """Whether no further batch shall be answered."""
+        return False
+
     def watch(self, model: torch.nn.Module, prompts: int, most_steps: int) -> AbstractContextManager[None]:
         """Return a context in which the bar moves by a batch's prompts, evenly over its most steps."""
         return moving(self._bar, model, prompts, most_steps)
@@ -293,8 +300,18 @@ class PromptProgress:
             print(f"{self._answered}/{self._total} prompts, {rate}, {timedelta(seconds=round(left))} left", flush=True)
 
 
+MakeProgress = Callable[
+    [int, int], PromptProgress | AnsweringTicks
+]  # of all prompts, and of those that an earlier run answered
+
+
 def write_answers(
-    args: argparse.Namespace, model: Any, head: DraftHead | None, tokenizer: Any, prompts: list[Prompt]
+    args: argparse.Namespace,
+    model: Any,
+    head: DraftHead | None,
+    tokenizer: Any,
+    prompts: list[Prompt],
+    make_progress: MakeProgress,
 ) -> None:
     """Answer the prompts that `--output` lacks."""
     done = finished_ids(args.output)
@@ -304,12 +321,14 @@ def write_answers(
     with (
         args.output.open("a", encoding="utf-8") as output,
         repeats_of(args.output).open("a", encoding="utf-8") as repeats,
-        PromptProgress(len(prompts), before, is_terminal=sys.stderr.isatty()) as progress,
+        make_progress(len(prompts), before) as progress,
     ):
         for number, (temperature, group) in enumerate(groups):
             todo = [prompt for prompt in group if prompt.prompt_id not in done]
             if not todo:
                 continue
+            if progress.is_over:
+                break
             with progress.watch(model, len(todo), args.max_new_tokens):
                 made = rows_of(model, head, tokenizer, todo, temperature, args.max_new_tokens, args.seed + number)
                 rows = list(made)
@@ -320,8 +339,8 @@ def write_answers(
             progress.add(len(rows), sum(row["tokens"] for row in rows))
 
 
-def main() -> None:
-    args = make_parser().parse_args()
+def answer_prompts(args: argparse.Namespace, make_progress: MakeProgress) -> None:
+    """Load the target, and answer the prompts of the command line `args`."""
     check_provenance(args)
     tokenizer = AutoTokenizer.from_pretrained(args.target)
     compile = {"auto": "auto", "always": True, "never": None}[args.compile]
@@ -336,7 +355,11 @@ def main() -> None:
     prompts = selected(args, tokenizer)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     write_provenance(args, prompts)
-    write_answers(args, model, head, tokenizer, prompts)
+    write_answers(args, model, head, tokenizer, prompts, make_progress)
+
+
+def main() -> None:
+    answer_prompts(make_parser().parse_args(), partial(PromptProgress, is_terminal=sys.stderr.isatty()))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
 """Train a draft head for a target.
 
+    python training/train_head.py --target TARGET --prompts prompts.jsonl --hours 4
     python training/train_head.py --config training/recipes/smollm2_135m_instruct.yaml
 
-Ctrl-C and SIGTERM write a checkpoint. The same command resumes from the newest checkpoint in `output_dir`.
+With `--prompts` the target first answers these prompts, as `generate_dataset.py` does. With `--hours` the whole run
+takes that long on this machine. Ctrl-C and SIGTERM write a checkpoint. The same command continues.
 """
 
 from runs.announcement import announce
@@ -13,19 +15,31 @@ if __name__ == "__main__":
 
 import hashlib
 import logging
+import math
 import os
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoConfig
+
 from publishing import check_publishable, recipe_of, write_run
 from runs.command_line import parse, run
+from runs.hours import AnsweringTicks, RunHours, TrainingTicks
 from transformers_resps.data import Conversation, load_conversations
 from transformers_resps.trainers import DraftHeadTrainer, DraftHeadTrainingConfig
 from transformers_resps.trainers.base import newest_checkpoint
+from transformers_resps.trainers.loading import default_folder
+
+
+_ANSWERING, _EVALUATING = 1 / 3, 1 / 20  # shares of `hours`; the rest is for training
+_MOST_PROMPTS = 20_000  # that `hours` answers
+_TEXT_TOKENS, _ANSWER_TOKENS = 768, 256  # most tokens of a prompt with its answer, and of an answer
+_SECONDS_BETWEEN_CHECKPOINTS = 600
 
 
 @dataclass
@@ -34,7 +48,18 @@ class HeadScriptArguments:
 
     target: str = field(metadata={"help": "Hub id or folder of the model to draft for."})
     datasets: list[str] = field(
-        metadata={"help": "Conversations: JSON or JSONL files, or Hub ids (`owner/name` or `owner/name:config`)."}
+        default_factory=list,
+        metadata={"help": "Conversations: JSON or JSONL files, or Hub ids (`owner/name` or `owner/name:config`)."},
+    )
+    prompts: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "JSON or JSONL files of prompts that the target answers first, to OUTPUT_DIR/answers.jsonl."
+        },
+    )
+    hours: float | None = field(
+        default=None,
+        metadata={"help": "How long the run takes on this machine, at most a third of it to answer; sets max_steps."},
     )
     dataset_split: str = field(default="train", metadata={"help": "Split of datasets from the Hub."})
     target_name: str | None = field(default=None, metadata={"help": "Name of the target to write into the head."})
@@ -96,6 +121,56 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
+def check_arguments(script: HeadScriptArguments, adapters: AdapterArguments) -> None:
+    """Raise `ValueError` for wrong arguments, before anything is loaded."""
+    if not (script.datasets or script.prompts):
+        raise ValueError(
+            "`datasets` and `prompts` are missing, but a head learns from texts. Pass conversations, or prompts that "
+            "the target shall answer."
+        )
+    if script.hours is not None and not 0 < script.hours < math.inf:
+        raise ValueError(f"`hours` is {script.hours}, but must be above 0. Write 4 for four hours.")
+    if adapters.use_peft and script.head is None:
+        raise ValueError(
+            "`use_peft` is set, but adapters need a head to start from. Pass `head`, or leave `use_peft` out."
+        )
+
+
+def answer_prompts(script: HeadScriptArguments, args: Any, hours: RunHours | None) -> str:
+    """Let the target answer `prompts`, for at most a third of `hours`; return the file of the answers."""
+    import generate_dataset  # here, since most runs need no answers
+
+    config: Any = AutoConfig.from_pretrained(script.target).get_text_config()
+    most = getattr(config, "max_position_embeddings", None) or _TEXT_TOKENS
+    answered = min(_ANSWER_TOKENS, most // 3)
+    output = Path(args.output_dir) / "answers.jsonl"
+    given = ["--target", script.target, "--output", str(output), "--seed", str(args.seed)]
+    given += ["--dtype", str((args.target_init_kwargs or {}).get("dtype", "auto")), "--limit", str(_MOST_PROMPTS)]
+    given += [part for name in script.prompts for part in ("--prompts", name)]
+    given += ["--max-new-tokens", str(answered), "--max-prompt-tokens", str(min(most, _TEXT_TOKENS) - answered)]
+    given += ["--device", "cpu"] if args.use_cpu else []
+    if hours is None:
+        progress: Any = partial(generate_dataset.PromptProgress, is_terminal=sys.stderr.isatty())
+    else:
+        progress = partial(AnsweringTicks, hours, _ANSWERING)
+    generate_dataset.answer_prompts(generate_dataset.make_parser().parse_args(given), progress)
+    return str(output)
+
+
+def plan_steps(trainer: DraftHeadTrainer, hours: RunHours) -> None:
+    """Set the trainer's steps to as many as fit into the time that is left, or to those of the interrupted run."""
+    if hours.max_steps is None:
+        left = hours.total * (1 - _EVALUATING) - hours.spent
+        hours.plan(max(int(left / trainer.seconds_per_step()), 1))
+    args: Any = trainer.args
+    args.max_steps = steps = hours.max_steps
+    args.save_steps = math.ceil(steps * _SECONDS_BETWEEN_CHECKPOINTS / hours.total)
+    args.save_total_limit = args.save_total_limit or 2
+    if args.lr_scheduler_type == "warmup_stable_decay":
+        args.lr_scheduler_kwargs = {**(args.lr_scheduler_kwargs or {}), "num_decay_steps": steps // 3}
+    trainer.add_callback(TrainingTicks(hours))
+
+
 def read_conversations(script: HeadScriptArguments) -> tuple[list[Conversation], list[Conversation]]:
     """Load the conversations to train on, and held-out ones of the first dataset to evaluate."""
     train: list[Conversation] = []
@@ -151,15 +226,22 @@ def make_trainer(script: HeadScriptArguments, adapters: AdapterArguments, args: 
 
 def main() -> None:
     script, adapters, args = parse(HeadScriptArguments, AdapterArguments, DraftHeadTrainingConfig)
+    check_arguments(script, adapters)
+    if args.output_dir == DraftHeadTrainingConfig().output_dir:
+        args.output_dir = default_folder(script.target, DraftHeadTrainer.artefact_name)
     recipe = recipe_of(sys.argv, {**asdict(script), **asdict(adapters)})
     check_publishable(recipe, args, script.target_name or script.target)
-    if adapters.use_peft and script.head is None:
-        raise ValueError(
-            "`use_peft` is set, but adapters need a head to start from. Pass `head`, or leave `use_peft` out."
-        )
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    hours = None
+    if script.hours is not None:
+        hours = RunHours(Path(args.output_dir), script.hours, is_terminal=sys.stderr.isatty())
+        args.disable_tqdm = True
+    if script.prompts:
+        script.datasets = [answer_prompts(script, args, hours), *script.datasets]
     checkpoint = newest_checkpoint(Path(args.output_dir))
     trainer = make_trainer(script, adapters, args)
+    if hours is not None:
+        plan_steps(trainer, hours)
     if checkpoint:
         say(f"resuming from {checkpoint}")
     try:

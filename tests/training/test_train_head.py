@@ -8,15 +8,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import generate_dataset
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from runs.hours import RunHours
 from tests.targets import Architecture
 from tests.tokenizers import ON_ONE_LINE, templated
-from transformers_resps import DraftHead
+from transformers_resps import DraftHead, attach
 from transformers_resps.data import Conversation, prompt_fingerprint, read_training_prompts, write_training_prompts
-from transformers_resps.trainers import DraftHeadTrainingConfig
+from transformers_resps.trainers import DraftHeadTrainer, DraftHeadTrainingConfig
 
 
 ROOT = Path(__file__).parents[2]
@@ -42,7 +44,8 @@ def run(folder: Path, monkeypatch: pytest.MonkeyPatch, *datasets: str, **options
     given |= {"report_to": "none", "use_cpu": True, "disable_tqdm": True}
     arguments = [part for name, value in (given | options).items() for part in (f"--{name}", *str(value).split())]
     files = [str(folder / f"{name}.jsonl") for name in datasets or ("first",)]
-    monkeypatch.setattr(sys, "argv", ["train_head.py", "--datasets", *files, *arguments])
+    asked = [] if "prompts" in options else ["--datasets", *files]
+    monkeypatch.setattr(sys, "argv", ["train_head.py", *asked, *arguments])
     SCRIPT["main"]()
 
 
@@ -204,3 +207,86 @@ def test_what_has_no_answer_or_no_question_has_a_side_too() -> None:
     odd: list[Conversation] = [[], asked("x"), asked("", "a")[1:]]
     train, held_out = SCRIPT["split_conversations"](odd, 0.0)
     assert train == odd and held_out == []
+
+
+@pytest.fixture
+def answering(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A target that answers without compiling its forward in another process."""
+    monkeypatch.setattr(generate_dataset, "attach", lambda target, **_: attach(target))
+
+
+def test_one_command_answers_prompts_trains_for_the_given_time_and_evaluates(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], answering: None
+) -> None:
+    options = {"prompts": folder / "first.jsonl", "hours": 0.01, "eval_share": 0.3, "ttt_steps": 1}
+    monkeypatch.setattr(DraftHeadTrainer, "seconds_per_step", lambda trainer: 11.0)
+    run(folder, monkeypatch, **options)
+    answers = [json.loads(line) for line in (folder / "run" / "answers.jsonl").read_text().splitlines()]
+    asked = {row["prompt"] for row in map(json.loads, (folder / "first.jsonl").read_text().splitlines())}
+    assert answers and {row["messages"][0]["content"] for row in answers} <= asked
+    kept = json.loads((folder / "run" / "hours.json").read_text())
+    assert 1 <= kept["max_steps"] <= 36 * 0.95 / 11 and kept["seconds"] > 0
+    training = json.loads((folder / "run" / "head" / "metrics.json").read_text())
+    assert training["training"]["steps"] == kept["max_steps"] and training["held_out_texts"] > 0
+    printed = capsys.readouterr().out
+    assert "Answering: " in printed and " of the time, 0:00:" in printed
+
+    monkeypatch.setattr(DraftHeadTrainer, "seconds_per_step", lambda trainer: 1 / 0)
+    run(folder, monkeypatch, **options)  # goes on, and finds that everything is done
+    again = json.loads((folder / "run" / "hours.json").read_text())
+    assert again["max_steps"] == kept["max_steps"] and again["seconds"] > kept["seconds"]
+
+
+def test_the_steps_that_are_timed_leave_the_head_as_it_was(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found, measure = list[tuple[float, bool]](), DraftHeadTrainer.seconds_per_step
+
+    def timed(trainer: Any) -> float:
+        before = {name: part.clone() for name, part in trainer.head.state_dict().items()}
+        seconds = measure(trainer)
+        same = all(torch.equal(part, before[name]) for name, part in trainer.head.state_dict().items())
+        found.append((seconds, same and all(part.grad is None for part in trainer.head.parameters())))
+        return 1e9
+
+    monkeypatch.setattr(DraftHeadTrainer, "seconds_per_step", timed)
+    run(folder, monkeypatch, hours=0.5)
+    assert len(found) == 1 and 0 < found[0][0] < 60 and found[0][1]
+    assert json.loads((folder / "run" / "head" / "metrics.json").read_text())["training"]["steps"] == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"hours": 0}, "`hours` is 0.0, but must be above 0"),
+        ({"hours": "inf"}, "`hours` is inf"),
+    ],
+)
+def test_a_run_without_time_is_refused(
+    options: dict[str, Any], message: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        run(folder, monkeypatch, **options)
+
+
+def test_a_run_without_texts_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["train_head.py", "--target", str(folder / "target")])
+    with pytest.raises(ValueError, match="`datasets` and `prompts` are missing"):
+        SCRIPT["main"]()
+
+
+def test_the_seconds_of_an_interrupted_run_count(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    now = [100.0]
+    first = RunHours(tmp_path, 1.0, is_terminal=False, clock=lambda: now[0])
+    now[0] += 600
+    first.tick("Answering", "9 answers")
+    now[0] += 5  # too early for another line
+    first.tick("Answering", "10 answers")
+    first.plan(80)
+    now[0] = 3.0  # another process
+    second = RunHours(tmp_path, 1.0, is_terminal=False, clock=lambda: now[0])
+    now[0] += 1195
+    assert second.spent == 1800 and second.max_steps == 80
+    second.tick("Training")
+    assert capsys.readouterr().out.splitlines() == [
+        "Answering: 17% of the time, 0:50:00 left, 9 answers",
+        "Training: 50% of the time, 0:30:00 left",
+    ]

@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -35,6 +36,8 @@ from .tau import simulated_tau
 
 
 logger = logging.getLogger(f"transformers.{__name__}")
+
+_UPDATE = 1.1  # about: seconds of an optimiser step over those of its forward and backward passes
 
 
 class DraftHeadTrainer(ArtefactTrainer):
@@ -148,8 +151,25 @@ class DraftHeadTrainer(ArtefactTrainer):
         return vocabulary_of(self.head, counted_examples(self.train_dataset))
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        self._speed = RunSpeed()
+        self._speed, self._meters["train"] = RunSpeed(), LevelMeter(self.args.ttt_steps)
         return super().train(*args, **kwargs)
+
+    def seconds_per_step(self, timed: int = 3) -> float:
+        """Estimate an optimiser step's seconds from the passes of `timed` steps; no weight changes.
+
+        Afterwards call `train`, which starts the counts of its log anew.
+        """
+        model, batches, seconds = cast(nn.Module, self.model), self.args.gradient_accumulation_steps, list[float]()
+        model.train()
+        for inputs in islice(self.get_train_dataloader(), (timed + 1) * batches):
+            began = time.monotonic()
+            with self.compute_loss_context_manager():
+                loss = self.compute_loss(model, self._prepare_inputs(inputs))
+            loss.backward()
+            seconds.append(time.monotonic() - began)
+        model.zero_grad()
+        counted = seconds[batches:] or seconds  # the first step is slow
+        return _UPDATE * batches * sum(counted) / len(counted)
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
