@@ -84,6 +84,26 @@ def test_logits_are_computed_for_the_last_token_alone(target: PreTrainedModel, h
     assert forwards == [((1, 4), (1, 2, VOCABULARY))] * 3
 
 
+def test_no_logits_of_padding_are_computed_by_which_compiled_code_would_be_checked(
+    target: PreTrainedModel, head: DraftHead, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A lone token of padding has states so large that rounding alone moves its logits by a quarter."""
+    inputs, made = prompts.PartReader.inputs, list[tuple[int, list[torch.Tensor]]]()
+
+    def noted(reader: Any, part: torch.Tensor, start: int) -> list[torch.Tensor]:
+        made.append((start, inputs(reader, part, start)))
+        return made[-1][1]
+
+    monkeypatch.setattr(prompts.PartReader, "inputs", noted)
+    text = tokens(13, rows=3) * _PADDED
+    answer(target, text, head, attention_mask=_PADDED)
+    assert len(made) == 3 and made[0][0] == 0
+    for start, (_, depths, _, _, _, kept, packed) in made:
+        rows, places = packed[kept[:3]] // depths.shape[1], packed[kept[:3]] % depths.shape[1]
+        assert _PADDED[rows, start + places].all()
+    assert rows.tolist() == [0, 1, 2]  # at the end each row has its own
+
+
 def test_a_step_of_as_many_nodes_as_rows_is_not_filled_up(
     target: PreTrainedModel, head: DraftHead, forwards: Any
 ) -> None:

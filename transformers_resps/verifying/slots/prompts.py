@@ -75,6 +75,12 @@ class PartReader:
         read[:, width - 1 :] = torch.arange(count - width + 1) == 0
         packed = read.flatten().nonzero().flatten().tolist()
         last = [end - 1 for end in read.sum(dim=1).cumsum(dim=0).tolist()]
+        # Another row's logits stand for those of a row without tokens here: padding's are off by rounding alone, and
+        # compiled code is checked by what it computes.
+        has_tokens = seen[:, start + width - 1].tolist()
+        last = [
+            end if is_real else last[has_tokens.index(True)] for end, is_real in zip(last, has_tokens, strict=True)
+        ]
         packed = filled_up(packed, apart(rounded_up(len(packed), _PACKED_STEP), rows, count))
         kept = filled_up(last, apart(rows + 1, count, len(packed)))
         return [*given, torch.tensor(kept), torch.tensor(packed)]
