@@ -14,6 +14,7 @@ if __name__ == "__main__":
     announce(__doc__)
 
 import hashlib
+import json
 import logging
 import math
 import os
@@ -171,6 +172,21 @@ def plan_steps(trainer: DraftHeadTrainer, hours: RunHours) -> None:
     trainer.add_callback(TrainingTicks(hours))
 
 
+def warn_of_others_answers(script: HeadScriptArguments) -> None:
+    """Tell of datasets that `generate_dataset.py` let another model answer: a head learns its own target's choices."""
+    from generate_dataset import provenance_of  # here, as in `answer_prompts`
+
+    own = [Path(name).name for name in (script.target, script.target_name or script.target)]
+    for name in script.datasets:
+        file = provenance_of(Path(name))
+        author = json.loads(file.read_text(encoding="utf-8"))["arguments"]["target"] if file.is_file() else None
+        if author is not None and Path(author).name not in own:
+            say(
+                f"Warning: {name} was answered by {author}, but the head is for {script.target}. It would learn what "
+                "another model says; let the target answer the prompts itself."
+            )
+
+
 def read_conversations(script: HeadScriptArguments) -> tuple[list[Conversation], list[Conversation]]:
     """Load the conversations to train on, and held-out ones of the first dataset to evaluate."""
     train: list[Conversation] = []
@@ -212,6 +228,7 @@ def make_trainer(script: HeadScriptArguments, adapters: AdapterArguments, args: 
     """Make the trainer of the head in `script.head`, or of a new one, on the conversations."""
     from datasets import Dataset  # of the extra `train`, which `parse` has asked for
 
+    warn_of_others_answers(script)
     train, held_out = (Dataset.from_list([{"messages": one} for one in part]) for part in read_conversations(script))
     say(f"loading {script.target}" + (f" and starting from {script.head}" if script.head else ""))
     trainer = DraftHeadTrainer(

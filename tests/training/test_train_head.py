@@ -209,6 +209,17 @@ def test_what_has_no_answer_or_no_question_has_a_side_too() -> None:
     assert train == odd and held_out == []
 
 
+def test_answers_of_another_model_are_told_of(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def told(author: str) -> bool:
+        (folder / "first.provenance.json").write_text(json.dumps({"arguments": {"target": author}}))
+        run(folder, monkeypatch, output_dir=folder / Path(author).name)
+        return f"first.jsonl was answered by {author}, but the head is for" in capsys.readouterr().out
+
+    assert told("someone/other") and not told("someone/target")
+
+
 @pytest.fixture
 def answering(monkeypatch: pytest.MonkeyPatch) -> None:
     """A target that answers without compiling its forward in another process."""
