@@ -45,6 +45,7 @@ from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
 from transformers_resps.data import Conversation, load_conversations
 from transformers_resps.generation.output import end_ids, left_padded, sampling, up_to_end
 from transformers_resps.telemetry.display import moving
+from transformers_resps.tools.cli import COMPILE
 from transformers_resps.tools.loading import load_target
 from transformers_resps.trainers.loading import context_of
 
@@ -205,7 +206,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
         "--compile",
-        choices=("auto", "always", "never"),
+        choices=COMPILE,
         default="auto",
         help="auto: run compiled code once another process has made it",
     )
@@ -300,9 +301,8 @@ class PromptProgress:
             print(f"{self._answered}/{self._total} prompts, {rate}, {timedelta(seconds=round(left))} left", flush=True)
 
 
-MakeProgress = Callable[
-    [int, int], PromptProgress | AnsweringTicks
-]  # of all prompts, and of those that an earlier run answered
+# Makes the progress of a number of prompts, of which an earlier run has answered so many.
+MakeProgress = Callable[[int, int], PromptProgress | AnsweringTicks]
 
 
 def write_answers(
@@ -343,8 +343,7 @@ def answer_prompts(args: argparse.Namespace, make_progress: MakeProgress) -> Non
     """Load the target, and answer the prompts of the command line `args`."""
     check_provenance(args)
     tokenizer = AutoTokenizer.from_pretrained(args.target)
-    compile = {"auto": "auto", "always": True, "never": None}[args.compile]
-    model = attach(load_target(args.target, args.dtype, args.device, packed=True), compile=compile)
+    model = attach(load_target(args.target, args.dtype, args.device, packed=True), compile=COMPILE[args.compile])
     head = DraftHead.from_pretrained(args.head, target=model) if args.head else None
     asked, answered, context = args.max_prompt_tokens, args.max_new_tokens, context_of(model)
     if asked + answered > context:

@@ -138,13 +138,18 @@ def check_arguments(script: HeadScriptArguments, adapters: AdapterArguments) -> 
 
 
 def answer_prompts(script: HeadScriptArguments, args: Any, hours: RunHours | None) -> str:
-    """Let the target answer `prompts`, for at most a third of `hours`; return the file of the answers."""
+    """Let the target answer `prompts`, for at most a third of `hours`; return the file of the answers.
+
+    Once the training is planned, an interrupted run goes on with the answers that it has.
+    """
     import generate_dataset  # here, since most runs need no answers
 
+    output = Path(args.output_dir) / "answers.jsonl"
+    if hours is not None and hours.max_steps is not None:
+        return str(output)
     config: Any = AutoConfig.from_pretrained(script.target).get_text_config()
     most = getattr(config, "max_position_embeddings", None) or _TEXT_TOKENS
     answered = min(_ANSWER_TOKENS, most // 3)
-    output = Path(args.output_dir) / "answers.jsonl"
     given = ["--target", script.target, "--output", str(output), "--seed", str(args.seed)]
     given += ["--dtype", str((args.target_init_kwargs or {}).get("dtype", "auto")), "--limit", str(_MOST_PROMPTS)]
     given += [part for name in script.prompts for part in ("--prompts", name)]
@@ -268,6 +273,8 @@ def main() -> None:
         say(f"Stopped. Run the same command to resume from {resumed}.")
         sys.exit(stop.code if isinstance(stop, SystemExit) else 130)
     evaluation = trainer.evaluate() if trainer.eval_dataset is not None else {}
+    if hours is not None:
+        hours.close()
     if not trainer.is_world_process_zero():
         return
     write_run(trainer.artefact_folder, recipe, name=trainer.hub_model_id)

@@ -243,6 +243,7 @@ def test_one_command_answers_prompts_trains_for_the_given_time_and_evaluates(
     assert "Answering: " in printed and " of the time, 0:00:" in printed
 
     monkeypatch.setattr(DraftHeadTrainer, "seconds_per_step", lambda trainer: 1 / 0)
+    monkeypatch.setattr(generate_dataset, "answer_prompts", lambda *_: 1 / 0)
     run(folder, monkeypatch, **options)  # goes on, and finds that everything is done
     again = json.loads((folder / "run" / "hours.json").read_text())
     assert again["max_steps"] == kept["max_steps"] and again["seconds"] > kept["seconds"]

@@ -24,6 +24,7 @@ PROMPT_LOOKUP, EAGLE = "prompt-lookup", "eagle"
 BENCH_METHODS = {PROMPT_LOOKUP: "Transformers' prompt lookup", EAGLE: "EAGLE-3's published trees"}
 _DATASET = ".json, .jsonl or Hub id of conversations"
 DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
+COMPILE: dict[str, bool | str | None] = {"auto": "auto", "always": True, "never": None}  # as `attach` takes them
 QUANTIZATIONS = ("int8", "int4", "nf4")
 
 
@@ -178,7 +179,7 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     named = "folder or Hub id of a policy, 'auto' (the default), or total_tokens,depth,top_k[,lookup]"
     add("--policy", default="auto", help=named)
     compiled = "compiled steps: when they pay, or not"
-    add("--compile", choices=("auto", "always", "never"), default="never", help=compiled)
+    add("--compile", choices=COMPILE, default="never", help=compiled)
     _add_invariant(add, "answer every request")
     remembered = "remember the answers to each API key, and draft from them for that key alone"
     add("--memory", action="store_true", help=remembered)

@@ -5,6 +5,7 @@ import logging
 import socket
 
 from ..compat import check_extra
+from .cli import COMPILE
 from .loading import named_tree
 
 
@@ -44,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
             dict(zip(args.targets, heads or [None] * len(args.targets), strict=True)),
             served=served,
             policy=args.policy,
-            compile={"auto": "auto", "always": True, "never": None}[args.compile],
+            compile=COMPILE[args.compile],
             invariant=args.invariant,
             dtype=args.dtype,
             device=args.device,
