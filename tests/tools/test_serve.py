@@ -367,6 +367,16 @@ def test_an_answer_ends_where_the_model_has_no_positions_left(client: Client) ->
     assert answer["choices"][0]["message"]["content"] == client.plain(max_length=LENGTH)
 
 
+def test_a_model_without_a_number_of_positions_is_limited_by_the_request_alone(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mamba's and Bloom's configurations name none."""
+    monkeypatch.setattr(serving, "_positions", lambda model: None)
+    asked = {"messages": ASKED, "generation_config": {"max_length": 30, "max_new_tokens": 100}}
+    assert client.text({"messages": ASKED, "max_tokens": 9}) == client.plain(max_new_tokens=9)
+    assert client.ask(asked)[1]["usage"]["total_tokens"] == 30
+
+
 @pytest.mark.parametrize(
     ("body", "status", "words"),
     [

@@ -262,7 +262,7 @@ def _fit(settings: dict[str, Any], length: int, model: PreTrainedModel) -> None:
     """Limit `max_new_tokens`, after a prompt of `length` tokens, to the model's remaining positions."""
     limits = [limit - length for limit in (settings.pop("max_length", None), _positions(model)) if limit is not None]
     asked = settings["max_new_tokens"]
-    settings["max_new_tokens"] = min(_DEFAULT_NEW_TOKENS if asked is None else asked, *limits)
+    settings["max_new_tokens"] = min([_DEFAULT_NEW_TOKENS if asked is None else asked, *limits])
 
 
 class AttachedModels(ModelManager):
