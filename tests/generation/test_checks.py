@@ -21,6 +21,7 @@ from transformers import (
     QuantizedCache,
     StaticCache,
 )
+from transformers.generation.candidate_generator import AssistedCandidateGenerator
 
 from tests.multimodal_targets import IMAGE, TARGETS, MultimodalTarget
 from tests.targets import VOCABULARY, Architecture
@@ -71,6 +72,8 @@ ROWS: dict[str, tuple[dict[str, Any], str]] = {
     "synced gpus": ({"synced_gpus": True}, "synced_gpus"),
     "assistant tokenizer": ({"assistant_tokenizer": object()}, "assistant_tokenizer"),
     "prompt lookup": ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens"),
+    "a number of drafted tokens": ({"num_assistant_tokens": 5}, r"num_assistant_tokens=5.*TreeShape\(n \+ 1, n, 1\)"),
+    "a threshold of drafts": ({"assistant_confidence_threshold": 0.4}, "assistant_confidence_threshold=0.4.*policy"),
     "early exit": ({"assistant_early_exit": 1}, "assistant_early_exit"),
     "mtp": ({"use_mtp": True}, "use_mtp"),
     "speculation type": ({"speculation_type": "dflash"}, "speculation_type"),
@@ -135,8 +138,10 @@ def test_the_class_of_an_assistant_is_refused(target: PreTrainedModel) -> None:
         (FixedPolicy(TreeShape(8, 3, 2)), r"got FixedPolicy\(.*Pass it as `policy`"),
         (TreeShape(8, 3, 2), r"Pass a head, and `policy=FixedPolicy\(TreeShape\(total_tokens=8,"),
         ({}, r"got \{\}. Pass `DraftHead"),
+        (dict.fromkeys(range(99)), "got a dict. Pass `DraftHead"),
+        (AssistedCandidateGenerator, r"Pass an object, `AssistedCandidateGenerator\(...\)`, not the class"),
     ],
-    ids=["a word", "a policy", "a shape", "a dict"],
+    ids=["a word", "a policy", "a shape", "a dict", "a long repr", "the class of a generator"],
 )
 def test_what_is_no_assistant_says_where_it_belongs(given: Any, way_out: str, target: PreTrainedModel) -> None:
     for call in (
@@ -152,6 +157,12 @@ def test_a_shape_or_a_head_as_policy_says_where_it_belongs(target: PreTrainedMod
         target.generate(PROMPT, assistant_model=head, policy=TreeShape(8, 3, 2))
     with pytest.raises(ValueError, match="got a DraftHead. Pass it as `assistant_model`."):
         target.generate(PROMPT, policy=head)
+
+
+@pytest.mark.parametrize("given", [8, (8, 3, 3)], ids=str)
+def test_numbers_as_policy_are_told_the_fixed_tree(given: Any, target: PreTrainedModel) -> None:
+    with pytest.raises(ValueError, match=r"pass `FixedPolicy\(TreeShape\(8, 3, 3\)\)`"):
+        target.generate(PROMPT, policy=given)
 
 
 def test_a_model_that_was_not_attached_does_not_know_a_policy(head: DraftHead) -> None:

@@ -58,6 +58,8 @@ _WAYS_OUT = {
     "output_hidden_states": "Get them from a plain call, since the head reads them itself",
 }
 _ARGUMENTS = ("assistant_tokenizer", "custom_generate", "synced_gpus")
+# Arguments that shape the drafts of Transformers' assistants. A checkpoint's generation config may have them, too.
+_DRAFTING = ("num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold")
 # Arguments of an encoder-decoder, used after its encoder has run.
 _ENCODED = {"encoder_outputs", "decoder_input_ids", "decoder_attention_mask", "decoder_position_ids"}
 _CARRIED = {"attention_mask", "position_ids", "use_cache", "logits_to_keep", CACHE_KEYWORD}
@@ -71,6 +73,7 @@ PROMPT_ARGUMENTS = frozenset(MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL).union(
     ("second_per_grid_ts", "spatial_shapes", "token_type_ids", "use_audio_in_video", "video_grid_thw"),
     ("video_merge_sizes", "video_position_ids", "video_second_per_grid"),
 )
+_LONGEST_REPR = 80  # characters of a wrong argument in a message
 _MEDIA = ("image", "video", "audio", "vision")
 # The subset of `PROMPT_ARGUMENTS` that holds the images, videos and sounds themselves.
 _PIXELS = tuple(
@@ -115,7 +118,7 @@ def check_keywords(said: Keywords, *, are_defaults: bool = False) -> None:
     for given in said.assistants:
         if not (is_name(given) or isinstance(given, Module | DraftSource | CandidateGenerator)):
             raise ValueError(
-                f"`assistant_model` must be a folder, a Hub id, or a loaded model or head, got {given!r}. "
+                f"`assistant_model` must be a folder, a Hub id, or a loaded model or head, got {_shown(given)}. "
                 f"{_instead_of_assistant(given)}"
             )
     for name in ("lockstep", "invariant"):
@@ -138,24 +141,31 @@ def _check_policy_keyword(policy: Any) -> None:
     is_word = isinstance(policy, str) and policy in (AUTO, PLAIN)
     is_place = is_name(policy) and ("/" in os.fspath(policy) or Path(policy).is_dir())
     if not (policy is None or isinstance(policy, Policy) or is_word or is_place):
-        got = f"a {type(policy).__name__}" if isinstance(policy, Module) else repr(policy)  # a head prints its layers
         raise ValueError(
             "`policy` must be 'auto', 'plain', a folder, a Hub id (`owner/name`) or an object of a subclass of "
-            f"`Policy`, got {got}. {_instead_of_policy(policy)}"
+            f"`Policy`, got {_shown(policy)}. {_instead_of_policy(policy)}"
         )
 
 
 def check_drafter(head: Any) -> None:
     """Raise unless `head`, the argument of a command or function, is a `DraftSource`, model, folder or Hub id."""
     if not (is_name(head) or isinstance(unwrapped(head), DraftSource | PreTrainedModel)):
-        got = f"a {type(head).__name__}" if isinstance(head, Module) else repr(head)
         raise ValueError(
-            f"`head` must be what drafts: a loaded draft head, another source or model, or a name, got {got}. "
-            f"{_instead_of_assistant(head)}"
+            "`head` must be what drafts: a loaded draft head, another source or model, or a name, got "
+            f"{_shown(head)}. {_instead_of_assistant(head)}"
         )
 
 
+def _shown(given: Any) -> str:
+    """Return a short `repr`, or the name of the type, since models and tokenizers print all they have."""
+    told = "" if isinstance(given, Module) else repr(given)
+    return told if 0 < len(told) <= _LONGEST_REPR else f"a {type(given).__name__}"
+
+
 def _instead_of_assistant(given: Any) -> str:
+    if isinstance(given, type):
+        maker = ".from_pretrained" if hasattr(given, "from_pretrained") else ""
+        return f"Pass an object, `{given.__name__}{maker}(...)`, not the class."
     if isinstance(given, str | Policy):  # "auto" or "plain"
         return "Pass it as `policy`, which needs no assistant to draft by lookup."
     if isinstance(given, TreeShape):
@@ -166,6 +176,8 @@ def _instead_of_assistant(given: Any) -> str:
 def _instead_of_policy(given: Any) -> str:
     if isinstance(given, TreeShape):
         return f"Pass `FixedPolicy({given!r})`."
+    if isinstance(given, int | tuple | list):
+        return "For one tree at every step pass `FixedPolicy(TreeShape(8, 3, 3))`."
     if isinstance(given, Module):
         return "Pass it as `assistant_model`."
     if is_name(given):  # such as a mistyped "auto"
@@ -238,6 +250,12 @@ def check_settings(model: PreTrainedModel, config: GenerationConfig | None, argu
     for name in _ARGUMENTS:
         if arguments.get(name) is not None and arguments[name] is not False:
             raise _refusal(f"`{name}`", f"Leave out `{name}`")
+    for name in _DRAFTING:
+        if arguments.get(name) is not None:
+            raise ValueError(
+                f"Got {name}={arguments[name]!r}, but a policy decides how many tokens are drafted. Leave it out, or "
+                "pass `policy=FixedPolicy(TreeShape(n + 1, n, 1))` to draft n tokens at every step."
+            )
     if arguments.get("inputs_embeds") is not None and setting("prefill_chunk_size"):
         raise _refusal(
             f"`inputs_embeds` with prefill_chunk_size={setting('prefill_chunk_size')}", "Leave out the chunk size"
