@@ -317,7 +317,9 @@ def test_mostly_plain_steps_are_explained_by_what_trees_cost_here() -> None:
     machine, policy = Machine(0.9, level_seconds=0.1, hit=0.01, lookup_hit=0.2), default_policy()
     machine.run(policy, 60)
     said = policy.explain([PREFILL, *machine.records])
+    idle = sum(not record.drafted for record in machine.records)
     assert said is not None and "plain steps here" in said and "the only tree" in said
+    assert f"{idle} of 60 steps had nothing worth verifying" in said
     report = SpeculationReport(steps=[PREFILL, *machine.records], reason=said)
     assert str(report).endswith(f". {said}") and report.to_dict()["reason"] == said
     assert policy.explain([PREFILL, *machine.records[:7]]) is None, "seven steps show nothing"

@@ -180,6 +180,8 @@ class BaselineGuard(PolicyWrapper, SavedPolicy):
             cost = 1.0 + self._verifying(2) / self._plain.seconds
             reasons.append(f"2 nodes cost {cost:.1f} plain steps here")
         if trees:
+            idle = sum(not step.drafted for step in decided)
+            reasons += [f"{idle} of {len(decided)} steps had nothing worth verifying"] if idle else []
             gained = sum(step.mean_emitted - 1.0 for step in trees) / len(trees)
             counted = f"{len(trees)} trees gained {gained:.1f} tokens each"
             reasons.append(counted if len(trees) > 1 else f"the only tree gained {gained:.0f} tokens")

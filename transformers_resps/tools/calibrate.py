@@ -37,7 +37,8 @@ def run(args: argparse.Namespace) -> int:
         rows = [(table.plain_seconds(context), table.plain_range.get(context)) for context in contexts]
         print("  plain" + "".join(f"{_milliseconds(*row):>24}" for row in rows))
     if table.draft:
-        print("\nMilliseconds per level of the head, by width, and of a draft beside its levels:\n")
+        print("\nMilliseconds of a draft: per level of the head, by width, and once for the whole draft.\n")
+        print(f"  width{'per level':>24}{'once':>24}")
         for width, seconds in sorted(table.draft.items()):
             start = _milliseconds(table.draft_start.get(width, 0.0), None)
             print(f"{width:7}{_milliseconds(seconds, table.draft_range.get(width)):>24}{start:>24}")
