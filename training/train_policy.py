@@ -34,7 +34,6 @@ from transformers_resps.tools.loading import load_target
 from transformers_resps.trainers import PolicyTrainer, PolicyTrainingConfig, fit_policy
 from transformers_resps.trainers.base import newest_checkpoint, push_folder
 from transformers_resps.trainers.data import name_of
-from transformers_resps.trainers.loading import check_target_name
 from transformers_resps.trainers.policy_trainer import without_guard
 
 
@@ -106,7 +105,6 @@ def main() -> None:
     recipe = recipe_of(sys.argv, asdict(script))
     check_publishable(recipe, args, script.target)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    check_target_name(script.target)
     target = load_target(script.target, script.target_dtype, str(args.device), packed=script.pack)
     tokenizer = AutoTokenizer.from_pretrained(script.target)
     learned, watched, tested = script.read_prompts(tokenizer)

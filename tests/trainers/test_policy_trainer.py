@@ -335,7 +335,7 @@ def other_tokenizer() -> Any:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"target": "head"}, "`target` is 'head', which is a draft head. Pass the model"),
+        ({"target": "head"}, "The target is 'head', which is a draft head. Pass the model"),
         ({"head": "target"}, "`head` is 'target', which holds no draft head"),
         ({"target": 3}, "`target` is a int, but must be a `PreTrainedModel`"),
         ({"head": None}, "`head` is a NoneType, but must be a `DraftHead`"),

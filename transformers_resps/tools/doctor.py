@@ -275,8 +275,8 @@ def run(args: argparse.Namespace) -> int:
     if not sys.stderr.isatty():  # do not write bars into a log: each round's verdict shows the progress
         transformers_logging.disable_progress_bar()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: schedulers send SIGTERM before a kill
-    tokenizer = AutoTokenizer.from_pretrained(args.target)
     target = load_target(args.target, args.dtype, args.device, quantization=args.quantization)
+    tokenizer = AutoTokenizer.from_pretrained(args.target)
     given = {"revision": args.revision, **corrections(args.set)}
     head = load_head(args.head, target, **given)
     most = args.max_new_tokens or (_LONG_TOKENS if args.thorough else _LOOK_TOKENS)

@@ -310,8 +310,8 @@ def run(args: argparse.Namespace) -> int:
     if not args.prompt.strip():
         raise ValueError("`--prompt` is empty. Pass a question in quotes.")
     args.output.parent.mkdir(parents=True, exist_ok=True)  # to fail now, not after minutes
-    tokenizer = AutoTokenizer.from_pretrained(args.target)
     target = attach(load_target(args.target, args.dtype, args.device, quantization=args.quantization))
+    tokenizer = AutoTokenizer.from_pretrained(args.target)
     head = load_source(args.head, target)
     named = load_policy(args.policy, head)
     policy = default_policy() if isinstance(named, str) else named

@@ -18,6 +18,7 @@ from ..data import Conversation, load_conversations
 from ..drafting import DraftSource
 from ..generation.attach import attach
 from ..generation.request import Assistants
+from ..heads.formats.reading import check_is_target
 from ..policies.base import Policy
 from ..policies.fixed import FixedPolicy
 from ..policies.saving import AutoPolicy
@@ -58,8 +59,10 @@ def load_target(
     """Load a target. Default device: a GPU if there is one. Default dtype: the checkpoint's; on a CPU float32.
 
     `quantization` is a name in `QUANTIZATIONS`, or a quantization config of Transformers in JSON. A quantized target
-    has bfloat16 as its default dtype, because compiled steps read quantized weights only in bfloat16.
+    has bfloat16 as its default dtype, because compiled steps read quantized weights only in bfloat16. Raises a
+    `ValueError` if `name` is a draft head.
     """
+    check_is_target(name)
     device = device or default_device()
     dtype = dtype or ("bfloat16" if quantization else "float32" if device == "cpu" else "auto")
     options: dict[str, Any] = {}

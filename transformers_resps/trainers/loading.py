@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from ..assistants import load_head
 from ..compat import load_model, text_config, unwrapped
@@ -17,7 +17,7 @@ from ..drafting import TrainableSource
 from ..drafting.kinds import KINDS
 from ..generation.attach import attach
 from ..heads import BlockHead, DraftHead, pair_identity
-from ..heads.formats.reading import WholeModelError
+from ..heads.formats.reading import WholeModelError, check_is_target
 from .base import check_type
 from .head_config import DraftHeadTrainingConfig
 from .policy_config import PolicyTrainingConfig
@@ -45,24 +45,8 @@ def as_target(target: PreTrainedModel | str, init_kwargs: dict[str, Any] | None 
             raise ValueError("`target_init_kwargs` is set, but `target` is a loaded model. Leave one of them out.")
         return target
     options = init_kwargs or {}
-    check_target_name(target, **{name: options[name] for name in _WHERE if name in options})
+    check_is_target(target, **{name: options[name] for name in _WHERE if name in options})
     return load_model(target, **{"dtype": "auto", **options})
-
-
-def check_target_name(target: str, **hub: Any) -> None:
-    """Raise `ValueError` if the config in the folder or Hub repository `target` belongs to a draft head.
-
-    `hub` may have `revision`, `subfolder`, `token` and `cache_dir`. Raises `OSError` if there is no config.
-    """
-    config, _ = PreTrainedConfig.get_config_dict(target, **hub)
-    names = [config.get("model_type"), *(config.get("architectures") or ())]
-    marks = [mark for kind in KINDS for mark in (kind.saved_as, *kind.marks) if mark]
-    is_named = any(mark in str(one).lower() for one in names for mark in marks)
-    if is_named or "draft_vocab_size" in config or "speculators_model_type" in config:
-        raise ValueError(
-            f"`target` is {target!r}, which is a draft head. Pass the model that the head drafts for as `target`, and "
-            "the head by its own argument."
-        )
 
 
 def context_of(target: PreTrainedModel) -> int:

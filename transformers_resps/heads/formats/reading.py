@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ...drafting.kinds import BLOCK, SHAPING, DrafterKind, kind_of_files
+from ...drafting.kinds import BLOCK, KINDS, SHAPING, DrafterKind, kind_of_files
 from ...hub.checkpoint import HUB, CheckpointFiles, tensor_of
 from ..config import HeadConfig
 from ..identity import target_identity
@@ -347,6 +347,22 @@ def check_is_head(config: dict[str, Any], names: Container[str], source: str) ->
         )
         error.model_type = config.get("model_type")
         raise error
+
+
+def check_is_target(name: str, **hub: Any) -> None:
+    """Raise a `ValueError` if the config in the folder or Hub repository `name` belongs to a draft head.
+
+    `hub` may have `revision`, `subfolder`, `token` and `cache_dir`. Raises `OSError` if there is no config.
+    """
+    config, _ = PreTrainedConfig.get_config_dict(name, **hub)
+    names = [config.get("model_type"), *(config.get("architectures") or ())]
+    marks = [mark for kind in KINDS for mark in (kind.saved_as, *kind.marks) if mark]
+    is_named = any(mark in str(one).lower() for one in names for mark in marks)
+    if is_named or "draft_vocab_size" in config or "speculators_model_type" in config:
+        raise ValueError(
+            f"The target is {name!r}, which is a draft head. Pass the model that the head drafts for as the target, "
+            "and the head by its own argument."
+        )
 
 
 # Substrings of tensor names that no EAGLE-3 head has -> end of the error message.
