@@ -50,7 +50,7 @@ def parsed(words: str) -> BenchConfig:
 
 
 def test_options_that_are_left_out_keep_the_defaults_of_the_config() -> None:
-    assert parsed("me/target me/head --dataset a.jsonl") == BenchConfig("me/target", "me/head", ["a.jsonl"])
+    assert parsed("me/target me/head --dataset a") == BenchConfig("me/target", "me/head", ["a"])
 
 
 def test_every_option_reaches_the_config() -> None:
@@ -257,7 +257,7 @@ def test_a_machine_that_others_use_is_refused_before_the_start(monkeypatch: pyte
 @pytest.mark.parametrize("option", [["--shapes", "8,4"], ["--limit", "0"], ["--methods", "magic"]])
 def test_a_malformed_option_ends_with_a_usage_message(option: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        main(["bench", "target", "head", "--dataset", "x.jsonl", *option])
+        main(["bench", "target", "head", "--dataset", "me/x", *option])
     assert option[0] in capsys.readouterr().err
 
 

@@ -75,9 +75,9 @@ def test_a_command_returns_the_status_of_what_it_runs(monkeypatch: pytest.Monkey
     seen: list[BenchConfig] = []
     monkeypatch.setattr("transformers_resps.tools.quiet.other_load", lambda: 0.0)
     monkeypatch.setattr("transformers_resps.tools.bench.bench", lambda config, *_, **__: seen.append(config) or 1)
-    assert cli.main(["bench", "target", "head", "--dataset", "x.jsonl"]) == 1
-    assert cli.main(["bench", "target", "--dataset", "x.jsonl"]) == 1
-    assert seen == [BenchConfig("target", "head", ["x.jsonl"]), BenchConfig("target", None, ["x.jsonl"])]
+    assert cli.main(["bench", "target", "head", "--dataset", "me/x"]) == 1
+    assert cli.main(["bench", "target", "--dataset", "me/x"]) == 1
+    assert seen == [BenchConfig("target", "head", ["me/x"]), BenchConfig("target", None, ["me/x"])]
 
 
 @pytest.mark.parametrize(
@@ -91,13 +91,15 @@ def test_a_command_returns_the_status_of_what_it_runs(monkeypatch: pytest.Monkey
         "doctor target head --dtype float17",
         "serve target --dtype float17",
         "serve target --quantization int2",
-        "bench target --dataset x.jsonl --quantization fp8",
+        "bench target --dataset me/x --quantization fp8",
+        "bench target --dataset missing.jsonl",
+        "verify target --dataset missing.json",
         "serve ./not/there",
         "verify target --device gpu",
         "verify target --device meta",
         "calibrate target --dtype float8_e4m3fn",
-        "bench target head --dataset x.jsonl --dtype float17",
-        "bench target head --dataset x.jsonl --temperature 0 nan",
+        "bench target head --dataset me/x --dtype float17",
+        "bench target head --dataset me/x --temperature 0 nan",
         "inspect target --prompt x --output x.html --temperature -1",
         "verify ./not/there",
         "calibrate target /not/there",

@@ -86,7 +86,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def _add_doctor(parser: argparse.ArgumentParser) -> None:
     add = _shared(parser, "target", "--dtype", "--quantization", "--device", "--split", "--json")
-    add("--dataset", help=f"{_DATASET}; without assistant turns the target writes the answers")
+    add("--dataset", type=dataset, help=f"{_DATASET}; without assistant turns the target writes the answers")
     read = "folder or Hub id of a draft head or MTP layers for the target, in any published format; mtp for its own"
     add("head", type=model, help=read)
     add("--answers", type=positive, default=50, help="number of answers to check (default: 50)")
@@ -153,7 +153,7 @@ def add_bench_options(parser: argparse.ArgumentParser, choices: Mapping[str, str
 
     add = parser.add_argument_group("prompts").add_argument
     layouts = ".jsonl or .json with turns, messages or prompt, or a Hub id; all user turns are answered"
-    add("--dataset", nargs="+", required=True, dest="datasets", metavar="FILE_OR_ID", help=layouts)
+    add("--dataset", type=dataset, nargs="+", required=True, dest="datasets", metavar="FILE_OR_ID", help=layouts)
     add("--split", help="of datasets from the Hub; default: test")
     add("--limit", type=positive, help="prompts per dataset, spread evenly over it; default: 10")
 
@@ -203,6 +203,13 @@ def model(text: str) -> str:
     """Return `text` if it is a folder or could be a Hub id; raise for any other path."""
     if (text.count("/") > 1 or text.startswith(("/", ".", "~"))) and not Path(text).is_dir():
         raise argparse.ArgumentTypeError(f"{text!r} is no folder and no Hub id (NAME or OWNER/NAME). Check the path.")
+    return text
+
+
+def dataset(text: str) -> str:
+    """Return `text` unless it is named like a file of conversations that does not exist."""
+    if text.endswith((".json", ".jsonl")) and not Path(text).is_file():
+        raise argparse.ArgumentTypeError(f"there is no file {text!r}. Check the path, or pass a dataset's Hub id.")
     return text
 
 
