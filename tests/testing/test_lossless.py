@@ -19,6 +19,7 @@ from transformers_resps import (
     FixedPolicy,
     LosslessReport,
     NotLosslessError,
+    Observation,
     TreeShape,
     assert_lossless,
     attach,
@@ -26,7 +27,7 @@ from transformers_resps import (
 from transformers_resps.decoding.acceptance import Acceptance, accept
 from transformers_resps.decoding.text import Text
 from transformers_resps.policies.auto import PolicyCache
-from transformers_resps.testing import lossless
+from transformers_resps.testing import StoppedCheck, lossless
 from transformers_resps.testing.comparison import SAMPLED, ComparedCall, ModelUnderTest, compare
 from transformers_resps.testing.distribution import check_distribution
 from transformers_resps.testing.divergence import MAX_SPACINGS, spacing_at
@@ -67,7 +68,7 @@ def test_a_sound_engine_passes_and_the_report_says_what_was_examined(target: Any
     assert isinstance(report, LosslessReport) and report.is_lossless
     assert not any(check.differences for check in report.texts)
     assert all(check.tau > 1 for check in report.texts if "batch" not in check.name)
-    assert report.distribution.has_power and report.distribution.fit.draws == 24 * 8
+    assert report.has_power and report.distribution is not None and report.distribution.fit.draws == 24 * 8
     assert report.verdict == "LOSSLESS: every answer is the plain one"
     page = str(report)
     for fact in ("torch.float32", "threads", torch.__version__, "LlamaForCausalLM", repr(WIDE), "detected"):
@@ -79,8 +80,41 @@ def test_a_sound_engine_passes_and_the_report_says_what_was_examined(target: Any
 def test_every_kind_of_drafter_passes_the_whole_examination(kind: str, tmp_path: Path) -> None:
     target, head = pair_of(kind, tmp_path)
     report = assert_lossless(target, head, WIDE, **BRIEF)
-    assert report.distribution.has_power and report.verdict == "LOSSLESS: every answer is the plain one"
+    assert report.has_power and report.verdict == "LOSSLESS: every answer is the plain one"
     assert len(report.texts) == 9 and f"{kind} of " in report.facts["head"]
+
+
+class StopsAfter(FixedPolicy):
+    """Interrupts a check after some steps, as Ctrl-C does."""
+
+    def __init__(self, steps: int) -> None:
+        super().__init__(TreeShape(10, 2, 9))
+        self.left = steps
+
+    def choose(self, observation: Observation) -> TreeShape:
+        self.left -= 1
+        if not self.left:
+            raise KeyboardInterrupt
+        return super().choose(observation)
+
+
+def test_a_check_that_is_stopped_reports_what_was_compared(target: Any, head: DraftHead) -> None:
+    with pytest.raises(StoppedCheck) as stopped:
+        assert_lossless(target, head, StopsAfter(26), **SHORT)
+    report = stopped.value.report
+    assert len(report.texts) == 2 and report.distribution is None and report.is_lossless and report.is_tested
+    assert "every answer is the plain one; stopped after 2 comparisons, before the distribution test" in str(report)
+    with pytest.raises(KeyboardInterrupt) as early:
+        assert_lossless(target, head, StopsAfter(1), **SHORT)
+    assert not isinstance(early.value, StoppedCheck), "nothing was compared"
+
+
+def test_a_difference_that_was_found_before_the_stop_is_told(
+    target: Any, head: DraftHead, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant_rule(takes_the_second_best, monkeypatch)
+    with pytest.raises(NotLosslessError, match="NOT LOSSLESS: sampled, temperature 1"):
+        assert_lossless(target, head, StopsAfter(36), **SHORT)
 
 
 def test_rows_of_a_batch_that_have_ended_took_no_forwards(target: Any, head: DraftHead) -> None:
@@ -99,13 +133,13 @@ def test_rows_of_a_batch_that_have_ended_took_no_forwards(target: Any, head: Dra
 def test_lookup_alone_is_examined_too(target: Any) -> None:
     prompts = [torch.tensor([3, 4, 5, 6] * 4)]
     report = assert_lossless(target, policy=FixedPolicy(TreeShape(1, 0, 1, lookup=4)), prompts=prompts, **SHORT)
-    assert report.distribution.accepted > 0 and "lookup" in report.facts["head"]
+    assert report.distribution is not None and report.distribution.accepted > 0 and "lookup" in report.facts["head"]
 
 
 @few_draws
 def test_a_policy_that_never_drafts_has_no_power_and_is_told_so(target: Any, head: DraftHead) -> None:
     report = assert_lossless(target, head, FixedPolicy(TreeShape.plain()), **SHORT)
-    assert not report.distribution.has_power and not report.is_tested
+    assert not report.has_power and not report.is_tested
     assert "no drafted token was ever accepted" in str(report)
     assert report.verdict.startswith("NOTHING WAS TESTED: no drafted token of the policy was accepted, so its answers")
     assert any(check.accepted for check in report.texts), "built-in trees were tested"
@@ -114,7 +148,7 @@ def test_a_policy_that_never_drafts_has_no_power_and_is_told_so(target: Any, hea
 def test_a_comparison_in_which_nothing_was_accepted_is_counted_in_the_headline(target: Any, head: DraftHead) -> None:
     report = assert_lossless(target, head, WIDE, [torch.tensor([3, 4, 5])], seeds=4, max_new_tokens=2)
     idle = [check for check in report.texts if check.is_of_policy and check.tokens == check.target_forwards]
-    assert idle and report.distribution.has_power and report.is_tested
+    assert idle and report.has_power and report.is_tested
     assert f"no draft was accepted in {len(idle)} of the comparisons" in report.verdict
 
 
@@ -405,7 +439,7 @@ def test_a_head_that_reads_the_answers_of_another_model_is_still_lossless(target
 
 def test_the_invariant_mode_is_examined_in_half_precision_and_told(target: Any, head: DraftHead) -> None:
     report = assert_lossless(target.bfloat16(), head.bfloat16(), WIDE, **BRIEF, invariant=True)
-    assert not any(check.differences for check in report.texts) and report.distribution.has_power
+    assert not any(check.differences for check in report.texts) and report.has_power
     assert report.verdict == "LOSSLESS: every answer is the plain one of the invariant mode"
     names = [check.name for check in report.texts]
     assert "sampled, in a padded batch" in names and "greedy, prompts in chunks against each at once" in names

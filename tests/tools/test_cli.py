@@ -195,6 +195,27 @@ def test_a_lossy_engine_is_told_so_with_status_1(
     assert not json.loads(capsys.readouterr().out)["is_lossless"]
 
 
+def test_a_quick_check_is_smaller_and_a_stopped_one_reports(
+    folders: tuple[str, str], capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["verify", *folders, "10,2,9", "--device", "cpu", "--quick"]) == 0
+    assert "greedy: 2 of 2 answers equal" in capsys.readouterr().out
+    monkeypatch.setattr("transformers_resps.testing.lossless.check_distribution", _stop)
+    assert main(["verify", *folders, "10,2,9", "--device", "cpu", "--quick"]) == 130
+    assert "stopped after 9 comparisons, before the distribution test" in capsys.readouterr().out
+
+
+def _stop(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_head_in_place_of_the_target_is_recognised(folders: tuple[str, str], capsys: Any) -> None:
+    target, head = folders
+    for words in (["verify", head, target], ["doctor", head, target], ["calibrate", head]):
+        assert main(words) == 2
+        assert f"The target is {head!r}, which is a draft head" in capsys.readouterr().err
+
+
 def test_what_cannot_be_examined_has_status_2(folders: tuple[str, str], capsys: Any, tmp_path: Path) -> None:
     assert main(["verify", *folders, str(tmp_path / "nowhere"), *QUICK]) == 2
     (tmp_path / "empty.jsonl").write_text("", encoding="utf-8")

@@ -31,25 +31,32 @@ class LosslessReport:
 
     facts: dict[str, str]  # versions, device, dtype, threads, packing, target, head, policy, mode
     texts: tuple[TextCheck, ...]  # outputs compared token for token, one entry per decoding setting
-    distribution: DistributionCheck  # the statistical test of sampled tokens
+    distribution: DistributionCheck | None  # the statistical test of sampled tokens; `None` if stopped before its end
     seconds: float  # duration of the check
+
+    @property
+    def checks(self) -> tuple[TextCheck | DistributionCheck, ...]:
+        return self.texts if self.distribution is None else (*self.texts, self.distribution)
 
     @property
     def is_lossless(self) -> bool:
         """Whether every output equals plain output or diverges at a near-tie, and the statistical test passed."""
-        return self.distribution.passed and all(check.passed for check in self.texts)
+        return all(check.passed for check in self.checks)
+
+    @property
+    def has_power(self) -> bool:
+        """Whether the statistical test would have found a wrong rule."""
+        return self.distribution is not None and self.distribution.has_power
 
     @property
     def is_tested(self) -> bool:
         """Whether any drafted token of the policy was accepted; if not, nothing was tested."""
-        return self.distribution.has_power or any(check.accepted for check in self.texts if check.is_of_policy)
+        return self.has_power or any(check.accepted for check in self.texts if check.is_of_policy)
 
     @property
     def verdict(self) -> str:
         if not self.is_lossless:
-            failed = [check.name for check in self.texts if not check.passed]
-            failed += [] if self.distribution.passed else [self.distribution.name]
-            return f"NOT LOSSLESS: {', '.join(failed)}"
+            return f"NOT LOSSLESS: {', '.join(check.name for check in self.checks if not check.passed)}"
         if not self.is_tested:
             beside = "" if any(check.accepted for check in self.texts) else ", nor of the built-in trees"
             return (
@@ -58,7 +65,9 @@ class LosslessReport:
             )
         differing = sum(len(check.differences) for check in self.texts)
         except_for = f", except for {differing} that differ at a near-tie" if differing else ""
-        blind = "" if self.distribution.has_power else "; the distribution test had no power"
+        blind = "" if self.has_power else "; the distribution test had no power"
+        if self.distribution is None:
+            blind = f"; stopped after {len(self.texts)} comparisons, before the distribution test"
         idle = [check.name for check in self.texts if check.is_of_policy and not check.accepted]
         untested = f"; no draft was accepted in {len(idle)} of the comparisons" if idle else ""
         mode = " of the invariant mode" if self.facts["mode"] == "invariant" else ""
@@ -71,7 +80,8 @@ class LosslessReport:
         for check in self.texts:
             lines.append(f"{check.name}: {check}")
             lines += [f"  {difference}" for difference in (*check.differences, *check.mismatches)]
-        lines += [f"{self.distribution.name}: {self.distribution}", ""]
+        lines += [] if self.distribution is None else [f"{self.distribution.name}: {self.distribution}"]
+        lines.append("")
         return "\n".join([*lines, f"{self.verdict} ({self.seconds:.0f} s)"])
 
 
@@ -80,6 +90,14 @@ class NotLosslessError(AssertionError):
 
     def __init__(self, report: LosslessReport) -> None:
         super().__init__(str(report))
+        self.report = report
+
+
+class StoppedCheck(KeyboardInterrupt):
+    """Raised by `assert_lossless` after Ctrl-C if nothing differed so far; `report` has the finished comparisons."""
+
+    def __init__(self, report: LosslessReport) -> None:
+        super().__init__(report.verdict)
         self.report = report
 
 
@@ -122,8 +140,8 @@ def assert_lossless(
         max_new_tokens: length of each compared output.
         invariant: whether to test `generate(..., invariant=True)`.
 
-    Raises a `NotLosslessError`, with the report, if outputs differ and rounding does not explain it; a `ValueError` if
-    an argument cannot be used, or if `generate` refuses it.
+    Raises a `NotLosslessError`, with the report, if outputs differ and rounding does not explain it; a `StoppedCheck`,
+    with the report so far, after Ctrl-C; a `ValueError` if an argument cannot be used, or if `generate` refuses it.
     """
     started = time.perf_counter()
     _check_kinds(model, policy)
@@ -141,15 +159,22 @@ def assert_lossless(
     total = 2 * len(ids) + 4 * seeds + 4 + len(ids) * min(_ENDS, max_new_tokens) + _DISTRIBUTION_OUTPUTS * seeds
     with under_test.undisturbed(), tqdm(total=total, desc="Comparing with plain decoding", unit="call") as bar:
         under_test = replace(under_test, done=bar.update)
-        changing = _with_changing_trees(under_test, ids, seeds, limit)
-        texts = (
-            *_with_the_policy(under_test, ids, seeds, limit),
-            *(replace(check, is_of_policy=False) for check in changing),
-        )
-        distribution = check_distribution(under_test, ids, _DISTRIBUTION_OUTPUTS * seeds)
-    report = LosslessReport(_facts(under_test), texts, distribution, time.perf_counter() - started)
+        texts, distribution, stop = [], None, None
+        try:
+            for check in _with_the_policy(under_test, ids, seeds, limit):
+                texts.append(check)
+            for check in _with_changing_trees(under_test, ids, seeds, limit):
+                texts.append(replace(check, is_of_policy=False))
+            distribution = check_distribution(under_test, ids, _DISTRIBUTION_OUTPUTS * seeds)
+        except KeyboardInterrupt as interrupt:
+            if not texts:
+                raise
+            stop = interrupt
+    report = LosslessReport(_facts(under_test), tuple(texts), distribution, time.perf_counter() - started)
     if not report.is_lossless:
-        raise NotLosslessError(report)
+        raise NotLosslessError(report) from stop
+    if stop is not None:
+        raise StoppedCheck(report) from stop
     return report
 
 

@@ -121,12 +121,13 @@ def _add_calibrate(parser: argparse.ArgumentParser) -> None:
 def _add_verify(parser: argparse.ArgumentParser) -> None:
     loading = ("--dtype", "--quantization", "--device", "--pack", "--revision")
     add = _shared(parser, "target", "head", *loading, "--split", "--json")
-    add("--dataset", help=f"{_DATASET}; its first user turns are the prompts")
+    add("--dataset", type=dataset, help=f"{_DATASET}; its first user turns are the prompts")
     named = "folder or Hub id of a policy, 'auto', or total_tokens,depth,top_k[,lookup]; default: the head's tree"
     add("policy", nargs="?", help=named)
-    add("--prompts", type=positive, default=4, help="number of prompts (default: 4)")
-    add("--seeds", type=positive, default=4, help="sampled outputs per sampling setting (default: 4)")
-    add("--max-new-tokens", type=positive, default=32, help="length of each compared output (default: 32)")
+    add("--prompts", type=positive, help="number of prompts (default: 4, quick: 2)")
+    add("--seeds", type=positive, help="sampled outputs per sampling setting (default: 4, quick: 1)")
+    add("--max-new-tokens", type=positive, help="length of each compared output (default: 32, quick: 16)")
+    add("--quick", action="store_true", help="make a third of the calls, of half the length")
     _add_invariant(add, "compare")
 
 
