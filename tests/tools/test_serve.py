@@ -3,6 +3,7 @@
 import http.client
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -588,6 +589,15 @@ def test_the_command_serves_until_it_is_interrupted(client: Client) -> None:
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=200) == 130
         assert "Traceback" not in (told := process.stderr.read()) and "resps serve: stopped." in told
+        assert re.search(r" /v1/chat/completions speculative, \d+ \+ 9 tokens, [\d.]+ per forward, ", told)
+        assert "A seed may not repeat" not in told, "it repeats in float32"
+
+
+def test_in_half_precision_a_seed_repeats_in_the_invariant_mode_alone(client: Client) -> None:
+    head = str(client.folder / "head")
+    for dtype, invariant in (("bfloat16", False), ("bfloat16", True), ("float32", False)):
+        with serving_from(client.folder, {"target": head}, dtype=dtype, invariant=invariant) as (_, models):
+            assert models.repeats_seeds is (invariant or dtype == "float32")
 
 
 @pytest.mark.parametrize(("name", "library"), [("int8", "torchao"), ("nf4", "bitsandbytes")])

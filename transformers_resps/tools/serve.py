@@ -3,6 +3,7 @@
 import argparse
 import logging
 import socket
+import sys
 
 from ..compat import check_extra
 from .cli import COMPILE
@@ -40,6 +41,11 @@ def run(args: argparse.Namespace) -> int:
     serving.check_release()
     server_log = logging.getLogger("transformers.cli.serving")
     server_log.setLevel(logging.ERROR)  # Transformers logs a warning for every request
+    request_log = logging.getLogger(serving.__name__)
+    request_log.setLevel(logging.INFO)
+    lines = logging.StreamHandler()
+    lines.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    request_log.addHandler(lines)
     with socket.create_server((args.host, args.port)) as listening:
         models = serving.AttachedModels(
             dict(zip(args.targets, heads or [None] * len(args.targets), strict=True)),
@@ -54,6 +60,9 @@ def run(args: argparse.Namespace) -> int:
             remembers=args.memory,
         )
         host, port = listening.getsockname()[:2]
+        if not models.repeats_seeds:
+            told = "A seed may not repeat an answer in half precision. Pass --invariant or --dtype float32 if it must."
+            print(told, file=sys.stderr, flush=True)
         print(f"Serving {', '.join(models.names)} at http://{host}:{port}/v1. Ctrl-C stops it.", flush=True)
         app = serving.build_app(models)
         config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=_GRACE_SECONDS)

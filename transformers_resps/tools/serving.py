@@ -10,6 +10,7 @@ import asyncio
 import copy
 import inspect
 import json
+import logging
 import re
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -41,6 +42,7 @@ from ..generation.attach import attach
 from ..policies.base import Policy
 from ..policies.fixed import FixedPolicy
 from ..telemetry.report import SpeculationReport
+from ..testing.divergence import HALF_PRECISIONS
 from ..tree import TreeShape
 from .loading import load_policy, load_source, load_target
 
@@ -53,6 +55,7 @@ _NO_KEY = (None, b"", b"Bearer", b"Bearer none")  # clients without a key send "
 _CLIENT_LEFT = 499  # nginx's HTTP status for a disconnected client; only logs show it
 _BAD_REQUEST = (LookupError, TypeError, ValueError, AttributeError, TemplateError)
 _FAILURES = (*_BAD_REQUEST, RuntimeError, OSError, ImportError)
+_logger = logging.getLogger(__name__)
 
 
 class ClientLeftError(Exception):
@@ -107,6 +110,15 @@ class Exchange:
             "vllm:spec_decode_num_accepted_tokens_total": told["num_accepted_draft_tokens"],
             "resps_speculation_seconds_total": self.report.seconds,
         }
+
+    @property
+    def summary(self) -> str:
+        """One line for the log: the outcome, lengths and speed, or why there were no drafts."""
+        told = f"{self.outcome}, {self.prompt_tokens} + {self.emitted_tokens} tokens"
+        if self.report is not None:
+            told += f", {self.report.tau:.2f} per forward, {self.report.tokens_per_second:.1f} tokens/s"
+        why = self.error or self.plain_reason
+        return told if why is None else f"{told}: {why}"
 
     def fail(self, error: Exception) -> None:
         """Record an error in `generate`; of two, the first."""
@@ -315,6 +327,12 @@ class AttachedModels(ModelManager):
         engine = cast(AttachedEngine, copy.copy(self.engines[self._targets[model]]))
         engine.model_id = model  # answers have the name that was asked for
         return engine
+
+    @property
+    def repeats_seeds(self) -> bool:
+        """Whether a seed repeats an answer whatever was drafted; in half precision only the invariant mode does."""
+        halves = any(cast(AttachedEngine, engine).model.dtype in HALF_PRECISIONS for engine in self.engines.values())
+        return self.is_invariant or not halves
 
     def list_models(self, *args: Any, **kwargs: Any) -> list[dict[str, Any]]:
         return [{"id": name, "object": "model", "created": 0, "owned_by": "resps"} for name in self.names]
@@ -579,6 +597,7 @@ class Door:
             exchange.leave()
         finally:
             if is_counted:
+                _logger.info("%s %s", scope["path"], exchange.summary)
                 self._figures.update(cast(Any, exchange.figures))
                 self._figures["resps_requests_in_progress"] -= 1
 
