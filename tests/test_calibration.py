@@ -247,7 +247,7 @@ def test_the_command_prints_the_table_and_what_it_means(
     add_mtp_layer(tmp_path / "target")
     assert main(["calibrate", str(tmp_path / "target"), "mtp"]) == 0
     printed = capsys.readouterr().out
-    assert "head          MtpHead of" in printed and "Milliseconds per level of the head" in printed
+    assert "head          MtpHead of" in printed and "Milliseconds of a draft: per level of the head" in printed
 
 
 def test_a_table_is_measured_once_and_kept(target: Any, head: DraftHead, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from transformers_resps.compat import check_extra
 
 
 ROOT = Path(__file__).parent.parent
+PROMPTS = ROOT / "examples" / "demo" / "prompts.jsonl"
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 
 
@@ -64,7 +65,7 @@ def test_extras_of_an_extra_count(installed: dict[str, str]) -> None:
 
 @pytest.mark.parametrize(
     ("main", "words", "extra"),
-    [(lambda words: benchmark(words, ""), "target head --dataset prompts.jsonl", "bench"), (demo.main, "", "demo")],
+    [(lambda words: benchmark(words, ""), f"target head --dataset {PROMPTS}", "bench"), (demo.main, "", "demo")],
     ids=["benchmark", "demo"],
 )
 def test_a_command_stops_with_one_line(

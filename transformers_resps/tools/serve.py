@@ -41,11 +41,11 @@ def run(args: argparse.Namespace) -> int:
     serving.check_release()
     server_log = logging.getLogger("transformers.cli.serving")
     server_log.setLevel(logging.ERROR)  # Transformers logs a warning for every request
-    request_log = logging.getLogger(serving.__name__)
-    request_log.setLevel(logging.INFO)
     lines = logging.StreamHandler()
     lines.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-    request_log.addHandler(lines)
+    serving.logger.setLevel(logging.INFO)
+    serving.logger.addHandler(lines)
+    serving.logger.propagate = False  # Transformers' own handler would print each line again, without the time
     with socket.create_server((args.host, args.port)) as listening:
         models = serving.AttachedModels(
             dict(zip(args.targets, heads or [None] * len(args.targets), strict=True)),

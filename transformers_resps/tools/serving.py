@@ -55,7 +55,7 @@ _NO_KEY = (None, b"", b"Bearer", b"Bearer none")  # clients without a key send "
 _CLIENT_LEFT = 499  # nginx's HTTP status for a disconnected client; only logs show it
 _BAD_REQUEST = (LookupError, TypeError, ValueError, AttributeError, TemplateError)
 _FAILURES = (*_BAD_REQUEST, RuntimeError, OSError, ImportError)
-_logger = logging.getLogger(__name__)
+logger = logging.getLogger(f"transformers.{__name__}")
 
 
 class ClientLeftError(Exception):
@@ -597,7 +597,7 @@ class Door:
             exchange.leave()
         finally:
             if is_counted:
-                _logger.info("%s %s", scope["path"], exchange.summary)
+                logger.info("%s %s", scope["path"], exchange.summary)
                 self._figures.update(cast(Any, exchange.figures))
                 self._figures["resps_requests_in_progress"] -= 1
 

@@ -22,6 +22,7 @@ from transformers_resps.tools.methods import Answer, Bench, Prompt, plain
 from transformers_resps.tools.session import Judge
 
 
+PROMPTS = Path(__file__).parents[3] / "examples" / "demo" / "prompts.jsonl"
 PROMPT = Prompt("a/0", torch.tensor([1, 30, 31, 30, 31, 30]))
 
 
@@ -61,14 +62,14 @@ def test_a_library_that_is_not_there_is_named_before_any_work(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, MODULES[name], None)
-    assert main(["nowhere", "nothing", "--dataset", "x.jsonl", "--peers", name], "") == 2
+    assert main(["nowhere", "nothing", "--dataset", str(PROMPTS), "--peers", name], "") == 2
     error = capsys.readouterr().err
     extra = "llama" if name == "llama.cpp" else "peers"
     assert f"--peers needs {MODULES[name]}" in error and f"pip install '.[{extra}]'" in error
 
 
 def test_a_python_that_is_not_there_is_named_before_any_work(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["nowhere", "nothing", "--dataset", "x.jsonl", "--vllm", "/nowhere/python"], "") == 2
+    assert main(["nowhere", "nothing", "--dataset", str(PROMPTS), "--vllm", "/nowhere/python"], "") == 2
     assert "--vllm got /nowhere/python, which is no file. Pass the Python" in capsys.readouterr().err
 
 
