@@ -281,6 +281,8 @@ def main() -> None:
     if args.push_to_hub:
         print(f"pushed: {trainer.push_to_hub()}")
     print(evaluation)
+    print(f'\nUse it:\n  head = AutoDraftHead.from_pretrained("{trainer.artefact_folder}", target=model)')
+    print('  model.generate(**inputs, assistant_model=head, policy="auto")')
 
 
 if __name__ == "__main__":

@@ -95,6 +95,9 @@ class PolicyScriptArguments:
             )
         ordered = [{"messages": found[name]} for name in sorted(found)]
         half = min(max(1, round(self.held_out * len(ordered) / 2)), (len(ordered) - 1) // 2)
+        learned = len(ordered) - 2 * half
+        told = "%d prompts: %d to learn from, %d to watch training by, %d for the final figure"
+        logging.getLogger(__name__).info(told, len(ordered), learned, half, half)
         from datasets import Dataset  # of the extra `train`, which `parse` has asked for
 
         return [Dataset.from_list(part) for part in (ordered[2 * half :], ordered[half : 2 * half], ordered[:half])]
@@ -132,6 +135,8 @@ def publish_run(args: PolicyTrainingConfig, recipe: str) -> None:
         print(f"pushed: {push_folder(folder, args)}")
     print(json.dumps(found, indent=2))
     print(found["verdict"])
+    print(f'\nUse it:\n  policy = AutoPolicy.from_pretrained("{folder}")')
+    print("  model.generate(**inputs, assistant_model=head, policy=policy)")
 
 
 if __name__ == "__main__":

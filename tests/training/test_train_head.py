@@ -63,6 +63,7 @@ def test_a_warm_start_keeps_what_the_head_is_and_a_checkpoint_wins_over_it(
     run(folder, monkeypatch, **options)
     printed = capsys.readouterr().out
     assert f"starting from {folder / 'given'}" in printed and "6 tokens cover" in printed
+    assert f'head = AutoDraftHead.from_pretrained("{folder / "run" / "head"}", target=model)' in printed
     ours = DraftHead.from_pretrained(folder / "run" / "checkpoint-2", target=target)
     assert ours.draft_token_ids.tolist() == ids.tolist()
     assert ours.config.feature_layers == [1, 3] and ours.config.fc_norm

@@ -62,7 +62,7 @@ def test_prompts_become_a_policy_and_a_second_run_goes_on(
     metrics = json.loads((folder / "run" / "policy" / "metrics.json").read_text())
     assert metrics["tokens_per_second"] > 0 and metrics["oracle_regret"] >= 0 and metrics["held_out_texts"] == 1
     assert metrics["training"]["texts"] == 4 and metrics["training"]["steps"] == 16
-    assert capsys.readouterr().out.rstrip().endswith(metrics["verdict"])
+    assert f"{metrics['verdict']}\n\nUse it:\n  policy = AutoPolicy.from_pretrained(" in capsys.readouterr().out
     assert metrics["verdict"] in (folder / "run" / "policy" / "README.md").read_text()
     (folder / "run" / "checkpoint-90").mkdir()  # what a kill leaves of one
     run(folder, monkeypatch, **best | {"max_steps": 24})
