@@ -4,6 +4,8 @@ import argparse
 import logging
 import socket
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from ..compat import check_extra
 from .cli import COMPILE
@@ -39,14 +41,7 @@ def run(args: argparse.Namespace) -> int:
             "Transformers 5.25."
         ) from error
     serving.check_release()
-    server_log = logging.getLogger("transformers.cli.serving")
-    server_log.setLevel(logging.ERROR)  # Transformers logs a warning for every request
-    lines = logging.StreamHandler()
-    lines.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-    serving.logger.setLevel(logging.INFO)
-    serving.logger.addHandler(lines)
-    serving.logger.propagate = False  # Transformers' own handler would print each line again, without the time
-    with socket.create_server((args.host, args.port)) as listening:
+    with socket.create_server((args.host, args.port)) as listening, _log_of_requests(serving.logger):
         models = serving.AttachedModels(
             dict(zip(args.targets, heads or [None] * len(args.targets), strict=True)),
             served=served,
@@ -68,3 +63,23 @@ def run(args: argparse.Namespace) -> int:
         config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=_GRACE_SECONDS)
         uvicorn.Server(config).run(sockets=[listening])
     return 0
+
+
+@contextmanager
+def _log_of_requests(logger: logging.Logger) -> Iterator[None]:
+    """Print one line for each request, with the time, instead of Transformers' warnings."""
+    server_log = logging.getLogger("transformers.cli.serving")
+    level, propagate, server_level = logger.level, logger.propagate, server_log.level
+    lines = logging.StreamHandler()
+    lines.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    logger.addHandler(lines)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False  # Transformers' own handler would print each line again, without the time
+    server_log.setLevel(logging.ERROR)  # it warns at every request
+    try:
+        yield
+    finally:
+        logger.removeHandler(lines)
+        logger.setLevel(level)
+        logger.propagate = propagate
+        server_log.setLevel(server_level)
