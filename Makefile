@@ -40,7 +40,7 @@ export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test check lint coverage fix docs site bench build fresh test-matrix test-newest-torch test-lowest-torch
+.PHONY: demo test check lint coverage fix docs site bench build fresh release test-matrix test-newest-torch test-lowest-torch
 .PHONY: test-endurance test-processors mutants browser gpu vllm evidence evidence-quick evidence-drift
 .DELETE_ON_ERROR:
 # An environment whose Python is gone is no environment.
@@ -81,6 +81,13 @@ build: .venv/dev/.filled
 
 fresh: build
 	$(DEV) -m tests.fresh dist $(FRESH_OPTIONS)
+
+# Refuses by name what cannot be released, in seconds; checks everything, in some hours; says what is left to a person.
+# It tags nothing and uploads nothing.
+release: .venv/dev/.filled
+	$(DEV) -m tests.release
+	$(MAKE) check fresh test-matrix site
+	$(DEV) -m tests.release --built dist
 
 # The contract on every release of Transformers, each laid in front of the installed one, then all tests on the newest
 # torch. One that fails stops the matrix.

@@ -1,5 +1,7 @@
 """What a user gets: the wheel in new environments, bare and with each extra, and every command's smallest real job.
 
+The head is that of the source distribution, as the README says.
+
     python -m tests.fresh dist [--only EXTRA ...]
 
 Prints a line for each job. Exit status: 0 when all did what they should, otherwise 1. Run by `make fresh`.
@@ -10,6 +12,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 import venv
@@ -108,24 +111,27 @@ def jobs() -> dict[str, list[Job]]:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("dist", type=Path, help="folder that holds the wheel")
+    parser.add_argument("dist", type=Path, help="folder of the wheel and the source distribution")
     parser.add_argument("--only", nargs="+", choices=[name for name in jobs() if name], help="these extras, not all")
     args = parser.parse_args(arguments)
     (wheel,) = args.dist.resolve().glob("*.whl")
     with tempfile.TemporaryDirectory(prefix="fresh-") as folder:
-        desk = make_desk(Path(folder))
+        desk = make_desk(Path(folder), args.dist)
         chosen = {name: todo for name, todo in jobs().items() if not args.only or name in {"demo", *args.only}}
         passed = [ok for name, todo in chosen.items() for ok in run_all(desk, wheel, name, todo)]
     print(f"{sum(passed)} passed, {len(passed) - sum(passed)} failed")
     return 0 if all(passed) else 1
 
 
-def make_desk(folder: Path) -> Path:
+def make_desk(folder: Path, dist: Path) -> Path:
     """The working directory of all jobs, in which the names of the README exist."""
     desk = folder / "desk"
+    (source,) = dist.glob("*.tar.gz")
+    with tarfile.open(source) as opened:
+        opened.extractall(folder, filter="data")
     (desk / "HuggingFaceTB").mkdir(parents=True)
     (desk / TARGET).symlink_to(desk / "cache" / "transformers-resps" / "smollm2-135m-instruct")
-    (desk / "model_cards").symlink_to(ROOT / "model_cards")
+    (desk / "model_cards").symlink_to(folder / source.name.removesuffix(".tar.gz") / "model_cards")
     (desk / "examples").symlink_to(ROOT / "examples")
     (desk / "prompts.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in PROMPTS))
     (desk / "quickstart.py").write_text(quickstart().code)

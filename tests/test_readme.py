@@ -10,7 +10,7 @@ import pytest
 
 from examples.demo.report import README_RATIO
 from examples.demo.target import prepared_target
-from tests.readme import README, quickstart
+from tests.readme import GAINS, README, ROOT, SPEEDS, found_in, quickstart
 from training.evidence.experiments import (
     AUTO,
     FIXED,
@@ -22,11 +22,8 @@ from training.evidence.experiments import (
     STOCK_LOOKUP,
     VLLM,
 )
-from training.evidence.page import Found, published, read_tables
 
 
-ROOT = README.parent
-MEASURED = ROOT / "training" / "evidence" / "measured"
 ROWS = {  # of the table of speeds -> arm
     "stock, compiled": STOCK_COMPILED,
     "stock's prompt lookup": STOCK_LOOKUP,
@@ -38,23 +35,16 @@ ROWS = {  # of the table of speeds -> arm
 }
 
 
-def found_in(name: str, maker: str = "AMD") -> Found:
-    """Return the newest figures on a processor of this maker."""
-    found = published(name, [table for table in read_tables(MEASURED) if table.processor.startswith(maker)])
-    assert found is not None
-    return found
-
-
 def test_the_table_of_speeds_and_the_headline_are_what_the_results_files_say() -> None:
-    page, found = README.read_text(encoding="utf-8"), found_in("engines-smollm2")
+    page, found = README.read_text(encoding="utf-8"), found_in(SPEEDS)
     for row, arm in ROWS.items():
-        speeds = [one.over(arm, STOCK) for one in (found, found_in("engines-smollm2", "Intel"))]
+        speeds = [one.over(arm, STOCK) for one in (found, found_in(SPEEDS, "Intel"))]
         cells = ["" if speed is None else f"{speed.ratio:.1f}" for speed in speeds]
         assert f"| {row} | {' | '.join(cells)} |".replace("|  |", "| |") in page
     auto = found.over(AUTO, STOCK)
     assert auto is not None and re.findall(r"\*\*(\d\.\d)x", page) == [f"{auto.ratio:.1f}"] == [str(README_RATIO)]
     assert f"{found.prompts} prompts" in page
-    for name in ("policy-smollm2-t0", "policy-qwen-t0", "policy-qwen-t1"):
+    for name in GAINS:
         gain = found_in(name).over(AUTO, FIXED)
         assert gain is not None and f"{gain.ratio:.2f} times ({gain.low:.2f} to {gain.high:.2f})" in page
 
