@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -126,7 +127,12 @@ def run(args: argparse.Namespace) -> int:
     console.rule(f"[bold]2. {how}{reason}: {len(rows)} prompts, {len(METHODS)} methods", align="left")
     demo = Demo(console, args.head, dtype, args.max_new_tokens) if has_units else exact
     demo.warm_up()
-    answers = [demo.by_all_methods(row) for row in rows]
+    answers, started = [], time.monotonic()
+    for row in rows:
+        answers.append(demo.by_all_methods(row))
+        if (ahead := len(rows) - len(answers)) > 0:
+            left = (time.monotonic() - started) / len(answers) * ahead
+            console.print(f"{ahead} more, about {max(round(left), 1)} s", style="dim", highlight=False)
     console.print(table(answers))
     for line in (
         WORDS,

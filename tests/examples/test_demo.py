@@ -128,6 +128,7 @@ def test_the_demo_runs_on_the_real_model(
     assert main(["--head", str(tmp_path / "head"), "--max-new-tokens", "6", "--page", str(page)]) == 0
     output = capsys.readouterr().out
     assert "The same text: yes." in output and output.count("2 of 2") == 4 and "On this machine (" in output
+    assert output.count("1 more, about ") == 1, "after the first of two prompts"
     assert output.splitlines()[-1] == f"Every step of the first answer, to look at in a browser: {page}"
     assert '"sameText":{"same":true}' in page.read_text(encoding="utf-8")
 

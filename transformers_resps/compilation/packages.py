@@ -592,7 +592,7 @@ def _about(module: nn.Module) -> dict[str, str]:
     settings = torch._inductor.config.save_config_portable()
     settings.pop("aot_inductor.metadata", None)  # AOTInductor writes here while it compiles.
     return _about_here() | {
-        _IN_WORDS: f"{_model_name(module)}, {count} parameters",
+        _IN_WORDS: f"{_model_name(module)}, {count:,} parameters",
         "modules": _digest_of([str(module), _configs(module), _sources(module), weights]),
         "threads": str(torch.get_num_threads()),
         "inductor settings": _digest_of(settings),
@@ -632,8 +632,8 @@ def _processor() -> list[str]:
 
 
 def _model_name(module: nn.Module) -> str:
-    named = (part for part in module.modules() if getattr(part, "name_or_path", None))
-    return next((f"{type(part).__name__} {part.name_or_path}" for part in named), type(module).__name__)
+    named = (str(part.name_or_path) for part in module.modules() if getattr(part, "name_or_path", None))
+    return next(named, type(module).__name__)
 
 
 def _configs(module: nn.Module) -> list[str]:

@@ -151,7 +151,7 @@ class BlockPass(FirstPass[BlockPaths]):
 
     @property
     def name(self) -> str:
-        return f"{super().name} of {self._block_model.block_levels} levels"
+        return f"the text and a block of {self._block_model.block_levels} levels"
 
     def edges(self, shape: TreeShape, rows: int, fewest: int = 0) -> list[Tensor]:
         parts = [*bounds(shape, rows, self.model.device)]

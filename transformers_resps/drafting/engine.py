@@ -126,7 +126,8 @@ class DraftEngine(CompileEngine[StepModel]):
             fixed = "1*" if is_batch else "1*b"
             dynamic = [tuple(at for at, size in enumerate(sizes) if size not in fixed) for sizes in one.sizes]
             bits = 8 if self.rounds else 16
-            name = f"{one.name} of {type(self.owner).__name__}, {tree_room} slots, {is_batch=}, {bits=}"
+            rows = "a batch" if is_batch else "one row"
+            name = f"drafts {one.name}, {rows}, up to {tree_room} nodes, weights of {bits} bits"
             of_buffers = (0, 2) if is_batch else (2,)
             fast = CompiledFunction(draft_pass, dynamic, of_buffers, packages=self.packages, name=name, bits=bits)
             return Code(draft_pass, fast, _scores, "log probabilities", cache.buffers[0].dtype)

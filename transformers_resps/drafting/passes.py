@@ -37,9 +37,9 @@ class DraftPass(ABC, Generic[Given, Found]):
         self.model = model
 
     @property
+    @abstractmethod
     def name(self) -> str:
-        """Name of the compiled code."""
-        return type(self).__name__
+        """What the pass does, in words for users: the name of its compiled code."""
 
     @abstractmethod
     def __call__(self, given: Given) -> Found:
@@ -147,6 +147,7 @@ class LevelPass(DraftPass[LevelNodes, tuple[Tensor | None, Growth]]):
     """
 
     sizes = ("bt", "bt*", "b1", "bte", "bs", "bt", "kk")
+    name = "a level"
 
     def __call__(self, given: LevelNodes) -> tuple[Tensor | None, Growth]:
         (tokens, scores, hidden, visible), text, depth = given.nodes, given.text, given.depth
@@ -254,6 +255,7 @@ class SproutPass(FirstPass[Growth]):
     """Runs the model over the newest tokens, and drafts only the first level."""
 
     sizes = (*FirstPass.sizes, "kk")
+    name = "the text and the first level"
 
     def edges(self, shape: TreeShape, rows: int, fewest: int = 0) -> list[Tensor]:
         return [torch.eye(max(shape.top_k, fewest), dtype=torch.bool, device=self.model.device)]
