@@ -35,6 +35,7 @@ SECTIONS = {
     "Make your own": ["docs/train-a-head", "docs/train-on-images", "docs/tune-a-policy", "training/PUBLISHING"],
     "Results": [
         "docs/benchmarks",
+        "training/PROTOCOL",
         "training/studies/BENCHMARKS",
         "training/studies/HEADROOM",
         "training/studies/LOG",

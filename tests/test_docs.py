@@ -213,10 +213,13 @@ def test_every_link_of_a_page_leads_somewhere(page: Path) -> None:
 
 
 def test_the_site_has_every_page_and_no_other() -> None:
-    shown: set[Path] = runpy.run_path(str(ROOT / "docs" / "make_site.py"))["pages"]()
+    site = runpy.run_path(str(ROOT / "docs" / "make_site.py"))
+    shown: set[Path] = site["pages"]()
     pages = {page.relative_to(ROOT) for page in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"))}
     assert pages | {page for page in shown if page.parts[0] == "training"} == shown
     assert all((ROOT / page).is_file() for page in shown)
+    outside = {file for page in shown for file in site["linked"](page) if file.suffix == ".md"}
+    assert not outside, "Sphinx warns of pages that the navigation lacks, and then there is no site"
 
 
 def test_the_api_reference_shows_every_public_name_in_plain_words() -> None:
