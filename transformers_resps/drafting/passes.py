@@ -39,7 +39,7 @@ class DraftPass(ABC, Generic[Given, Found]):
     @property
     @abstractmethod
     def name(self) -> str:
-        """What the pass does, in words for users: the name of its compiled code."""
+        """Say in words for users what the pass does: the name of its compiled code."""
 
     @abstractmethod
     def __call__(self, given: Given) -> Found:
