@@ -385,6 +385,7 @@ def new_resps_policy(pair: Pair, args: PolicyTrainingConfig, costs: CostModel, c
 
 
 FEW_TEXTS = 10
+_AS_FAST = 0.995  # A smaller loss than half a percent is none to a user.
 
 
 @dataclass(frozen=True)
@@ -422,8 +423,8 @@ class PolicyComparison:
 
     @property
     def is_slower(self) -> bool:
-        """Whether the policy is significantly slower than the best fixed tree."""
-        return self.interval[1] < 1.0
+        """Whether the policy is significantly slower than the best fixed tree, by a difference worth naming."""
+        return self.interval[1] < 1.0 and self.gain < _AS_FAST
 
     @property
     def doubts(self) -> list[str]:
